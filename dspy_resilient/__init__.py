@@ -1,0 +1,43 @@
+"""A drop-in `dspy.LM` that survives its provider.
+
+`ResilientLM` treats each configured model as a client of its own: its cache, its circuit breaker,
+its limits, its retries, and the targets it may fall back to. Nothing is shared unless somebody
+shared it.
+"""
+
+from dspy_resilient.circuit import CircuitBreaker, CircuitState
+from dspy_resilient.errors import (
+    AllTargetsFailedError,
+    CallRejectedError,
+    CircuitOpenError,
+    ClientClosedError,
+    DeadlineExceededError,
+    LimitExceededError,
+    ResilienceError,
+    RestartLimitError,
+    ThrottledError,
+)
+from dspy_resilient.lm import ResilientLM
+from dspy_resilient.policies import CachePolicy, CircuitPolicy, LimitPolicy, RetryPolicy
+
+__all__ = [
+    "AllTargetsFailedError",
+    "CachePolicy",
+    "CallRejectedError",
+    "CircuitBreaker",
+    "CircuitOpenError",
+    "CircuitPolicy",
+    "CircuitState",
+    "ClientClosedError",
+    "DeadlineExceededError",
+    "LimitExceededError",
+    "LimitPolicy",
+    "ResilienceError",
+    "ResilientLM",
+    "RestartLimitError",
+    "RetryPolicy",
+    "ThrottledError",
+]
+
+# Saved programs name the class by its module: it must not change when files move.
+ResilientLM.__module__ = "dspy_resilient"

@@ -1,0 +1,24 @@
+"""What a client remembers: keys, answers, and identical calls under way."""
+
+from dspy_resilient.cache.answer import Answer, usable
+from dspy_resilient.cache.disk import DiskCache
+from dspy_resilient.cache.flight import Failed, Flights, Landed, Lead, Waiter
+from dspy_resilient.cache.folder import disk_folder
+from dspy_resilient.cache.key import request_key, tenant_of
+from dspy_resilient.cache.memory import CacheNumbers, ResponseCache
+
+__all__ = [
+    "Answer",
+    "CacheNumbers",
+    "DiskCache",
+    "Failed",
+    "Flights",
+    "Landed",
+    "Lead",
+    "ResponseCache",
+    "Waiter",
+    "disk_folder",
+    "request_key",
+    "tenant_of",
+    "usable",
+]

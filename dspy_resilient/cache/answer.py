@@ -1,0 +1,232 @@
+"""An answer as the cache keeps it: what the call returned, and DSPy's history entry of it.
+
+This module owns what a stored answer looks like, what of it may be handed out, and which answers
+are fit to be stored. It keeps no prompt, and it does not store anything itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Self
+
+# What belongs to one call and not to its answer; usage is empty whenever an answer is replayed.
+_OF_THE_CALL = frozenset(
+    {"prompt", "messages", "kwargs", "request", "timestamp", "uuid", "attempts"}
+    | {"usage", "cache_hit", "stale"}
+)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a provider answered; safe to share between threads, as nobody changes it.
+
+    Attributes:
+        outputs: What the public call returns: a list of str or dict, or a `dspy.lm15.Response`.
+        record: DSPy's history entry, less what belongs to one call; None where there was none.
+        target: Label of the target that answered.
+        stored_at: When it was stored, on the client's clock, in seconds.
+        tokens: Tokens the provider counted for it: what a hit saves. 0 if unknown.
+        key: Key it is stored under, for whoever has to evict it. "" if it is not stored.
+        size: Bytes it takes in memory, by estimate; 0 where nobody asked.
+    """
+
+    outputs: Any
+    record: dict[str, Any] | None
+    target: str = ""
+    stored_at: float = 0.0
+    tokens: int = 0
+    key: str = ""
+    size: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        outputs: Any,
+        entry: dict[str, Any] | None,
+        *,
+        target: str = "",
+        stored_at: float = 0.0,
+    ) -> Self:
+        """Keep what a call returned, and what of its history entry is worth keeping.
+
+        Neither argument is changed, and what the caller later does to `outputs` changes nothing
+        here. The provider's own response is kept as it is: nobody writes to it, by contract.
+        """
+        record = None
+        usage = _field(outputs, "usage")
+        if entry is not None:
+            usage = entry.get("usage")
+            record = {name: value for name, value in entry.items() if name not in _OF_THE_CALL}
+            if record.get("outputs") is outputs:
+                del record["outputs"]
+        return cls(_fresh(outputs), record, target, stored_at, _tokens(usage))
+
+    @property
+    def cost(self) -> float | None:
+        """What it cost in dollars, as far as its price is known."""
+        cost = None if self.record is None else self.record.get("cost")
+        return cost if isinstance(cost, (int, float)) else None
+
+    def fresh_outputs(self) -> Any:
+        """Return the outputs in a form that the caller may change.
+
+        Lists and dicts are copied all the way down; a typed response is frozen and is itself.
+        """
+        return _fresh(self.outputs)
+
+    def replayed_record(self) -> dict[str, Any] | None:
+        """Return the part of a hit's history entry that the answer decides, or None without one.
+
+        As DSPy writes it (R43): no usage, the old cost, and the response marked as a cache hit
+        where its type takes a mark. The caller adds prompt, messages, kwargs, time and uuid.
+        """
+        if self.record is None:
+            return None
+        return {
+            "outputs": self.fresh_outputs(),
+            **self.record,
+            "response": _marked(self.record.get("response")),
+            "usage": {},
+            "cache_hit": True,
+        }
+
+
+def usable(answer: Answer) -> str | None:
+    """Return None if `answer` may be stored (R42), else why not, in a word.
+
+    "empty", "truncated", "filtered", "partial" or "error". Of several candidates each must be
+    fit. An answer without a history entry is judged by its outputs alone.
+    """
+    outputs = answer.outputs
+    response = outputs if answer.record is None else answer.record.get("response")
+    for each in response if isinstance(response, (list, tuple)) else (response,):
+        reason = _flaw(each)
+        if reason is not None:
+            return reason
+    texts = outputs if isinstance(outputs, list) else [outputs]
+    return None if texts and all(_says_something(text) for text in texts) else "empty"
+
+
+_FLAWS = {
+    "length": "truncated",
+    "max_tokens": "truncated",
+    "max_output_tokens": "truncated",
+    "content_filter": "filtered",
+    "guardrail_intervened": "filtered",
+    "refusal": "filtered",
+    "safety": "filtered",
+    "error": "error",
+    "failed": "error",
+    "cancelled": "error",
+    "malformed_function_call": "error",
+    "in_progress": "partial",
+    "queued": "partial",
+    "incomplete": "partial",
+}
+
+
+def _flaw(response: Any) -> str | None:
+    """Say what a provider's response admits to be wrong with it, whatever its shape."""
+    signs = _choice_signs(response) or _single_signs(response)
+    return next((_FLAWS[str(sign)] for sign in signs if str(sign) in _FLAWS), None)
+
+
+def _choice_signs(response: Any) -> list[Any]:
+    """Return the signs of a chat or text completion."""
+    signs = []
+    for choice in _items(response, "choices"):
+        signs.append(_field(choice, "finish_reason"))
+        if _field(_field(choice, "message"), "refusal"):
+            signs.append("refusal")
+    return signs
+
+
+def _single_signs(response: Any) -> list[Any]:
+    """Return the signs of a Responses API object, or of a typed response."""
+    signs = [_field(response, "finish_reason"), "error" if _field(response, "error") else None]
+    status = _field(response, "status")
+    if status == "incomplete":
+        signs.append(_field(_field(response, "incomplete_details"), "reason"))
+    signs.append(status)
+    for item in (*_items(response, "output"), *_parts(response)):
+        kinds = [_field(item, "type"), *(_field(part, "type") for part in _items(item, "content"))]
+        signs.append("refusal" if "refusal" in kinds else None)
+    return signs
+
+
+def _items(owner: Any, name: str) -> list[Any] | tuple[Any, ...]:
+    value = _field(owner, name)
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _parts(response: Any) -> list[Any] | tuple[Any, ...]:
+    return _items(_field(response, "message"), "parts")
+
+
+_NOT_SAID = frozenset({"reasoning_content", "logprobs", "citations"})
+
+
+def _says_something(output: Any) -> bool:
+    if isinstance(output, str):
+        return bool(output.strip())
+    if isinstance(output, dict):
+        said = (value for name, value in output.items() if name not in _NOT_SAID)
+        return any(value.strip() if isinstance(value, str) else value for value in said)
+    parts = (part for part in _parts(output) if _field(part, "type") != "thinking")
+    return any(_says_part(part) for part in parts)
+
+
+def _says_part(part: Any) -> bool:
+    text = _field(part, "text")
+    return bool(text.strip()) if isinstance(text, str) else True
+
+
+def _field(owner: Any, name: str) -> Any:
+    return owner.get(name) if isinstance(owner, dict) else getattr(owner, name, None)
+
+
+def _tokens(usage: Any) -> int:
+    total = _field(usage, "total_tokens")
+    if total is None:
+        names = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens")
+        parts = (_field(usage, name) for name in names)
+        total = sum(part for part in parts if isinstance(part, int))
+    return total if isinstance(total, int) else 0
+
+
+def _is_frozen(value: Any) -> bool:
+    """Whether `value` is a typed response: a frozen dataclass, which nobody can change."""
+    settings = getattr(type(value), "__dataclass_params__", None)
+    return settings is not None and bool(settings.frozen)
+
+
+def _fresh(outputs: Any) -> Any:
+    if type(outputs) is list:
+        return [each if isinstance(each, str) else _copied(each) for each in outputs]
+    return _copied(outputs)
+
+
+def _copied(value: Any) -> Any:
+    if value is None or _is_frozen(value):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # noqa: BLE001  # a value that cannot be copied must not fail the call
+        return value
+
+
+def _marked(response: Any) -> Any:
+    if response is None or isinstance(response, (tuple, list, str)) or _is_frozen(response):
+        return response
+    try:
+        marked = copy.copy(response)
+        if isinstance(marked, dict):
+            marked.update(usage={}, cache_hit=True)
+        else:
+            marked.usage = {}
+            # Strict response classes refuse unknown attributes in their own __setattr__.
+            object.__setattr__(marked, "cache_hit", True)
+    except Exception:  # noqa: BLE001  # a response that takes no mark is replayed without
+        return response
+    return marked

@@ -1,0 +1,271 @@
+"""The cache key of a request: equal for equal requests, and only for those.
+
+A SHA-256 over a canonical, type-strict form: 30, 30.0, "30" and True differ, the order of a dict
+does not matter, and the key is the same in every process. Plain JSON data takes a fast path (in
+which a tuple counts as a list and an enum as its value, as they would on the wire); anything else
+is spelled out value by value, each with the name of its type. No credential takes part but as an
+HMAC. This module stores nothing, and a request it cannot describe has no key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import functools
+import hashlib
+import hmac
+import inspect
+import json
+import math
+import os
+import types
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from dspy_resilient.redact import is_secret
+
+_TENANT_LABEL = b"dspy_resilient tenant 1"
+
+# What may differ between two requests that ask the same.
+_LEFT_OUT = frozenset(
+    {"cache", "timeout", "request_timeout", "stream_timeout", "metadata", "litellm_metadata"}
+    | {"litellm_call_id", "litellm_trace_id", "litellm_session_id"}
+    | {"num_retries", "max_retries", "retry_strategy", "retry_policy"}
+)
+_HEADERS = frozenset(
+    {"headers", "extra_headers", "default_headers", "extra_query", "default_query"}
+)
+
+_FAST = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+
+
+def request_key(
+    *,
+    entry: str,
+    model: str,
+    model_type: str,
+    endpoint: str,
+    tenant: str,
+    prompt: Any,
+    messages: Any,
+    kwargs: Mapping[str, Any],
+    request: Any = None,
+) -> str | None:
+    """Return the key of a request as 64 hex digits, or None if it cannot be keyed; never raise.
+
+    Args:
+        entry: Shape of the call: "call", or "request" for a typed request. Their answers differ.
+        model: The model asked.
+        model_type: "chat", "text" or "responses".
+        endpoint: Where it is asked, or "" for the provider's own address.
+        tenant: Whose answers these are: `tenant_of(api_key)`, or a name.
+        prompt: The prompt, or None.
+        messages: The messages, or None. Without any, the prompt is the one message, as for DSPy.
+        kwargs: Settings of client and call, merged. None counts as absent; credentials, secret
+            headers and what does not change the answer (cache flag, timeouts, metadata, retries)
+            are left out.
+        request: The typed request, or None. Local media in it count by their content.
+    """
+    try:
+        if not messages and request is None:
+            prompt, messages = None, [{"role": "user", "content": prompt}]
+        said = [] if prompt is None else [prompt]
+        asked = [
+            entry,
+            model,
+            model_type,
+            endpoint,
+            tenant,
+            said,
+            messages or [],
+            _settings(kwargs),
+        ]
+        if request is not None:
+            asked.append(request)
+        return hashlib.sha256(_plain(asked) or _spelled_out(asked)).hexdigest()
+    except Exception:  # noqa: BLE001  # whatever it is that cannot be described, the call goes on
+        return None
+
+
+def tenant_of(api_key: str | None) -> str:
+    """Return what stands for `api_key` in cache keys: its HMAC-SHA256 in hex, or "" without one.
+
+    A key that is no str (a function that fetches tokens) has no lasting value to stand for, and
+    counts as none.
+    """
+    return _stand_in(api_key) if isinstance(api_key, str) and api_key else ""
+
+
+@functools.lru_cache(maxsize=256)
+def _stand_in(api_key: str) -> str:
+    return hmac.digest(_TENANT_LABEL, api_key.encode("utf-8", "surrogatepass"), "sha256").hex()
+
+
+@functools.lru_cache(maxsize=1024)
+def _counts(name: str) -> bool:
+    return name not in _LEFT_OUT and not is_secret(name)
+
+
+def _settings(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {
+        name: value for name, value in kwargs.items() if value is not None and _counts(name)
+    }
+    if not _HEADERS.isdisjoint(settings):
+        for name in _HEADERS & settings.keys():
+            headers = settings.pop(name)
+            if isinstance(headers, Mapping):
+                headers = {key: value for key, value in headers.items() if not is_secret(str(key))}
+            if headers:
+                settings[name] = headers
+    return settings
+
+
+def _plain(asked: list[Any]) -> bytes | None:
+    """Encode plain JSON data, or return None if there is anything else in it."""
+    try:
+        text = orjson.dumps(asked, option=_FAST)
+    except TypeError:
+        return None
+    return text if _is_finite(asked) else None  # infinity and NaN would come out as null
+
+
+def _is_finite(asked: list[Any]) -> bool:
+    holders: list[Any] = [asked]
+    for holder in holders:
+        for value in holder.values() if isinstance(holder, dict) else holder:
+            kind = type(value)
+            if kind is str:
+                continue
+            if kind is float:
+                if not math.isfinite(value):
+                    return False
+            elif isinstance(value, (dict, list, tuple)):
+                holders.append(value)
+    return True
+
+
+def _spelled_out(asked: list[Any]) -> bytes:
+    return b"\0" + _canonical(_spell(asked)).encode()  # no plain encoding starts with a zero byte
+
+
+def _canonical(spelled: Any) -> str:
+    return json.dumps(spelled, separators=(",", ":"))
+
+
+@functools.singledispatch
+def _spell(value: Any) -> Any:
+    """Return `value` as scalars and lists, every list beginning with the name of a type.
+
+    Raises:
+        TypeError: If there is something in `value` whose content cannot be told.
+    """
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return ["dataclass", _name(type(value)), _spell(fields)]
+    if hasattr(value, "model_json_schema"):  # a pydantic object
+        return ["object", _name(type(value)), _spell(dict(value))]
+    raise TypeError(f"a {type(value).__name__} has no canonical form")
+
+
+@_spell.register(type(None))
+@_spell.register(bool)
+def _(value: bool | None) -> bool | None:
+    return value
+
+
+@_spell.register(str)
+@_spell.register(int)
+@_spell.register(float)
+def _(value: float | str) -> float | str:
+    kind = next(kind for kind in (str, int, float) if isinstance(value, kind))
+    return kind(value)
+
+
+@_spell.register(list)
+@_spell.register(tuple)
+def _(value: Iterable[Any]) -> list[Any]:
+    return ["list", *map(_spell, value)]
+
+
+@_spell.register(Mapping)
+def _(value: Mapping[Any, Any]) -> list[Any]:
+    pairs = ([_spell(key), _spell(item)] for key, item in value.items())
+    return ["dict", *sorted(pairs, key=lambda pair: _canonical(pair[0]))]
+
+
+@_spell.register(set)
+@_spell.register(frozenset)
+def _(value: Iterable[Any]) -> list[Any]:
+    return ["set", *sorted(map(_spell, value), key=_canonical)]
+
+
+@_spell.register
+def _(value: enum.Enum) -> Any:
+    return _spell(value.value)
+
+
+@_spell.register(bytes)
+@_spell.register(bytearray)
+def _(value: bytes | bytearray) -> list[Any]:
+    return ["bytes", hashlib.sha256(value).hexdigest()]
+
+
+@_spell.register(dt.date)
+@_spell.register(dt.time)
+@_spell.register(dt.timedelta)
+@_spell.register(decimal.Decimal)
+@_spell.register(uuid.UUID)
+def _(value: object) -> list[Any]:
+    return [_name(type(value)), str(value)]
+
+
+@_spell.register
+def _(value: os.PathLike) -> list[Any]:  # type: ignore[type-arg]  # the dispatcher wants the bare class
+    return ["file", hashlib.sha256(Path(value).read_bytes()).hexdigest()]
+
+
+@_spell.register
+def _(value: type) -> list[Any]:
+    schema = getattr(value, "model_json_schema", None)
+    if schema is not None:
+        return ["schema", value.__name__, _spell(schema())]
+    if value.__module__ == "builtins":
+        return ["type", value.__name__]
+    raise TypeError(f"class {value.__name__} has no canonical form")
+
+
+@_spell.register
+def _(value: types.FunctionType) -> list[Any]:
+    """Tell a function by its source, its defaults and what it closes over."""
+    if value.__name__ == "<lambda>":  # its source is its whole line, which another may share
+        raise TypeError("a lambda has no source of its own")
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    extras = [value.__defaults__, value.__kwdefaults__, cells]
+    return ["function", _name(value), inspect.getsource(value), _spell(extras)]
+
+
+@_spell.register
+def _(value: types.BuiltinFunctionType) -> list[Any]:
+    if not isinstance(value.__self__, types.ModuleType):
+        raise TypeError(f"{value.__qualname__} belongs to an object")
+    return ["builtin", _name(value)]
+
+
+@_spell.register
+def _(value: types.MethodType) -> list[Any]:
+    return ["method", _spell(value.__func__), _spell(value.__self__)]
+
+
+@_spell.register
+def _(value: functools.partial) -> list[Any]:  # type: ignore[type-arg]  # the dispatcher wants the bare class
+    return ["partial", _spell(value.func), _spell(value.args), _spell(value.keywords)]
+
+
+def _name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"

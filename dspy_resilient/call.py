@@ -1,0 +1,471 @@
+"""One call, top to bottom.
+
+    cache -> single-flight -> for each target: retry( gate -> limits -> circuit -> send ) -> store
+
+`complete` is that line as a generator. It decides and never waits: whatever takes time is yielded
+as a step (`Wait`, `Prepare`, or an attempt to send) and performed by one of the two drivers in
+`drive.py`, which hand the result, or throw the error, back in. Errors, cancellation and Ctrl-C
+arrive at the `yield` that was under way. No lock and no context token is held across a `yield`.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from dspy_resilient.cache import Failed, Landed, Waiter
+from dspy_resilient.circuit import Kind
+from dspy_resilient.errors import (
+    AllTargetsFailedError,
+    CallRejectedError,
+    CircuitOpenError,
+    ClientClosedError,
+    DeadlineExceededError,
+    ThrottledError,
+)
+from dspy_resilient.events import (
+    AttemptFailed,
+    CacheHit,
+    CallRejected,
+    FellBack,
+    FlightJoined,
+    RetryScheduled,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from dspy_resilient.cache import Answer, Lead
+    from dspy_resilient.circuit import CircuitBreaker, GatePass, ThrottleGate, Verdict
+    from dspy_resilient.limits import Slot
+    from dspy_resilient.runtime import Runtime
+    from dspy_resilient.target import Attempt, Route, Target
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Step: wait for `future`, at most `seconds`; its result is handed back, or None after that."""
+
+    future: Future[Any] | None
+    seconds: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Step: do what the first attempt of a process needs (import LiteLLM), off every clock."""
+
+
+Steps = Generator["Wait | Prepare | Attempt", Any, T] if TYPE_CHECKING else list
+
+
+class AttemptSummary(NamedTuple):
+    """One request of a call: where it went, how it ended, and how long it took."""
+
+    target: str
+    outcome: str
+    seconds: float
+
+
+class Served(NamedTuple):
+    """An answer and where it came from; a hit was paid for by somebody else."""
+
+    answer: Answer
+    hit: bool
+    stale: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """What a user asked for, and how far it has got.
+
+    Attributes:
+        method: Name of DSPy's public call method.
+        args: Its positional arguments.
+        kwargs: Its keywords, less our own.
+        key: Cache key under the primary, or None if the call is not to be cached.
+        targets: The primary and its fallbacks, in order.
+        streams: Whether chunks go to a consumer while the call runs.
+        may_wait: Whether the caller can wait for an identical call without risk of deadlock.
+        max_attempts: Attempts per target.
+        max_wait: Seconds to wait for an open circuit.
+        budget: Seconds for the whole call (the deadline), or inf.
+    """
+
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    key: str | None
+    targets: tuple[Target, ...]
+    streams: bool
+    may_wait: bool
+    max_attempts: int
+    max_wait: float
+    budget: float
+    deadline: float = math.inf
+    patience: float | None = None
+    attempts: list[AttemptSummary] = field(default_factory=list)
+
+    def left(self, now: float) -> float:
+        """Return the seconds until the deadline."""
+        return self.deadline - now
+
+    def has_patience(self, now: float, wait: float) -> bool:
+        """Whether waiting `wait` seconds for a circuit fits `max_wait` and the deadline (R27).
+
+        The patience starts with the first circuit that this call finds open. An unknown wait
+        (inf: somebody else's probe is under way) fits as long as any patience is left.
+        """
+        if self.patience is None:
+            self.patience = now + self.max_wait
+        end = min(self.patience, self.deadline)
+        return now < end if math.isinf(wait) else now + wait <= end
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """One target's share of a call: attempts used, and how the last one ended."""
+
+    target: Target
+    used: int = 0
+    error: Exception | None = None
+    final: bool = False
+
+
+def complete(call: Call, client: Runtime) -> Steps[Served]:
+    """Answer `call`: from the cache, from an identical call under way, or from a target."""
+    if client.closed:
+        raise ClientClosedError(f"client {client.name!r} is closed", client=client.name)
+    if call.key is not None and (hit := client.cache.get(call.key)) is not None:
+        _announce_hit(client, hit)
+        return Served(hit, hit=True)
+    if not client.ready():
+        yield Prepare()
+    call.deadline = client.clock() + call.budget
+    try:
+        if call.key is None or call.streams:
+            return Served((yield from _ask_targets(call, client, None)), hit=False)
+        return (yield from _share(call, client, call.key))
+    except Exception as error:
+        if call.key is not None and _excuses_stale(error):
+            stale = client.cache.get_stale(call.key)
+            if stale is not None:
+                _announce_hit(client, stale, stale=True)
+                return Served(stale, hit=True, stale=True)
+        with suppress(AttributeError):
+            error.attempts = tuple(call.attempts)  # type: ignore[attr-defined]  # ours to attach
+        raise
+
+
+def _announce_hit(client: Runtime, hit: Answer, *, stale: bool = False) -> None:
+    if client.hub.listener is not None:
+        now = client.clock()
+        client.emit(CacheHit, hit.target or None, age=now - hit.stored_at, stale=stale)
+
+
+def _excuses_stale(error: Exception) -> bool:
+    verdict = getattr(error, "verdict", None)
+    return isinstance(error, (CircuitOpenError, ThrottledError, AllTargetsFailedError)) or (
+        verdict is not None and verdict.kind in (Kind.FAILURE, Kind.TIMEOUT, Kind.THROTTLED)
+    )
+
+
+def _share(call: Call, client: Runtime, key: str) -> Steps[Served]:
+    """Lead the flight of this key, or follow whoever does (R44)."""
+    place = client.flights.join(key)
+    while isinstance(place, Waiter):
+        if not call.may_wait:
+            place.leave()
+            return Served((yield from _ask_targets(call, client, None)), hit=False)
+        client.emit(FlightJoined)
+        try:
+            news = yield Wait(place.future, call.left(client.clock()))
+        except BaseException:
+            place.leave()
+            raise
+        if news is None:
+            place.leave()
+            raise _deadline_passed(call, client)
+        if isinstance(news, Failed):
+            raise news.error
+        if isinstance(news, Landed):
+            client.tally.add("coalesced")
+            return Served(news.answer, hit=True)
+        place = news
+    lead = place
+    try:
+        answer = client.cache.peek(key)  # it may have landed between the look-up and the join
+        if answer is not None:
+            served = Served(answer, hit=True)
+        else:
+            served = Served((yield from _ask_targets(call, client, lead)), hit=False)
+    except BaseException as error:
+        if _is_the_providers(error):
+            lead.fail(error)
+        else:
+            lead.abandon()
+        raise
+    lead.land(served.answer)
+    return served
+
+
+def _is_the_providers(error: BaseException) -> bool:
+    """Whether everybody who asks the same would get `error` too: the provider's own verdict."""
+    if isinstance(error, AllTargetsFailedError):
+        return all(_is_the_providers(each) for each in error.errors)
+    verdict = getattr(error, "verdict", None)
+    return verdict is not None and verdict.kind not in (
+        Kind.TIMEOUT,
+        Kind.CANCELLED,
+        Kind.REJECTED,
+        Kind.LOCAL,
+    )
+
+
+def _ask_targets(call: Call, client: Runtime, lead: Lead | None) -> Steps[Answer]:
+    """Ask the primary, then each fallback; wait for a circuit when none is left to ask (R27)."""
+    turns = [_Turn(target) for target in call.targets]
+    while True:
+        for turn in turns:
+            if turn.final:
+                continue
+            if turn is not turns[0]:
+                _announce_fallback(client, turn, turns)
+                key = turn.target.key(call)
+                if key is not None and (hit := client.cache.get(key)) is not None:
+                    return hit
+            try:
+                return (yield from _ask(call, client, turn, lead))
+            except Exception as error:
+                if not _leads_on(error):
+                    raise
+                turn.error = error
+                turn.final = not isinstance(error, CircuitOpenError)
+        blocked = [turn.target.route(call) for turn in turns if not turn.final]
+        if not blocked or not (yield from _outwait(call, client, blocked)):
+            raise _nobody_answered(client, turns)
+
+
+def _leads_on(error: Exception) -> bool:
+    """Whether another target may do better."""
+    if isinstance(error, CallRejectedError):
+        return True
+    verdict = getattr(error, "verdict", None)
+    return verdict is not None and bool(verdict.next_target)
+
+
+def _announce_fallback(client: Runtime, turn: _Turn, turns: list[_Turn]) -> None:
+    before = turns[turns.index(turn) - 1].error
+    client.tally.add("fallbacks")
+    client.emit(FellBack, turn.target.label, error=type(before).__name__)
+
+
+def _nobody_answered(client: Runtime, turns: list[_Turn]) -> Exception:
+    errors = [turn.error for turn in turns if turn.error is not None]
+    if len(turns) == 1:
+        return errors[0]
+    waits = [wait for error in errors if (wait := getattr(error, "retry_after", None)) is not None]
+    tried = ", ".join(f"{t.target.label}: {type(t.error).__name__}" for t in turns)
+    failure = AllTargetsFailedError(
+        f"client {client.name!r}: no target answered ({tried})",
+        client=client.name,
+        errors=errors,
+        retry_after=min(waits, default=None),
+    )
+    failure.__cause__ = errors[-1]
+    return failure
+
+
+def _outwait(call: Call, client: Runtime, blocked: list[Route]) -> Steps[bool]:
+    """Wait until the first of the open circuits may be asked again; False if it takes too long."""
+    route = min(blocked, key=lambda each: each.wait_time())
+    now, wait = client.clock(), route.wait_time()
+    if not call.has_patience(now, wait):
+        return False
+    assert call.patience is not None  # has_patience has set it
+    with _enlisted(route.blocker()) as waiter:
+        yield Wait(waiter, min(wait, call.patience - now, call.left(now)))
+    return True
+
+
+@contextmanager
+def _enlisted(queue: CircuitBreaker | ThrottleGate) -> Iterator[Future[None]]:
+    waiter = queue.enlist()
+    try:
+        yield waiter
+    finally:
+        queue.leave(waiter)
+
+
+def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[Answer]:
+    """Ask one target until it answers, refuses, or has used up its attempts."""
+    target = turn.target
+    route = target.route(call)
+    while True:
+        passage = yield from _pass_gate(call, client, route)
+        slot = yield from _take_slot(call, client, target, route, passage)
+        admission = route.admit()
+        if admission is None:
+            _release(passage, slot)
+            raise _rejected(client, route, route.rejection())
+        attempt = target.attempt(call, route, admission, passage, slot)
+        if lead is not None:
+            lead.sent()
+        try:
+            answer = yield attempt
+        except BaseException as error:
+            verdict = attempt.settle(error)
+            if not isinstance(error, Exception):
+                raise
+            failure = error
+        else:
+            attempt.succeed()
+            call.attempts.append(AttemptSummary(route.label, "answer", attempt.seconds))
+            client.store(target.key(call), answer)
+            return answer
+        _note_failure(call, client, attempt, verdict, failure)
+        if lead is not None and (landed := lead.landed) is not None:
+            return landed
+        if attempt.emitted or not verdict.retry:
+            raise failure
+        if verdict.kind is Kind.THROTTLED:
+            _check_throttle(call, client, route, failure)
+        else:
+            if not (admission.probe and call.has_patience(client.clock(), 0.0)):
+                turn.used += 1
+            yield Wait(None, _pause(call, client, turn, route, failure))
+
+
+def _note_failure(
+    call: Call, client: Runtime, attempt: Attempt, verdict: Verdict, error: Exception
+) -> None:
+    client.tally.add("failures")
+    call.attempts.append(AttemptSummary(attempt.label, verdict.kind, attempt.seconds))
+    with suppress(AttributeError):
+        error.verdict = verdict  # type: ignore[attr-defined]  # ours to attach
+        if verdict.retry_after is not None and getattr(error, "retry_after", None) is None:
+            error.retry_after = verdict.retry_after  # type: ignore[attr-defined]  # DSPy's field
+    if client.hub.listener is not None:
+        client.emit(
+            AttemptFailed,
+            attempt.label,
+            seconds=attempt.seconds,
+            outcome=verdict.kind,
+            error=type(error).__name__,
+        )
+
+
+def _check_throttle(call: Call, client: Runtime, route: Route, failure: Exception) -> None:
+    """Raise the 429 that was just received if the pause it asks for does not fit this call."""
+    gate = route.gate
+    wait = gate.wait_time()
+    now = client.clock()
+    if _is_hopeless(client, gate) or (math.isfinite(wait) and wait > call.left(now)):
+        if gate.hint is not None:
+            failure.retry_after = gate.hint  # type: ignore[attr-defined]  # DSPy's field
+        raise failure
+
+
+def _is_hopeless(client: Runtime, gate: ThrottleGate) -> bool:
+    """Whether the pause asked for, or the time without a single answer, is beyond patience (R28)."""
+    most = client.retry.max_retry_after
+    return (gate.hint or 0.0) > most or gate.unbroken > most
+
+
+def _pause(call: Call, client: Runtime, turn: _Turn, route: Route, failure: Exception) -> float:
+    """Return the seconds to wait before the next attempt, or raise if there is to be none."""
+    if turn.used >= call.max_attempts:
+        raise failure
+    if route.wait_time() > 0:
+        raise _rejected(client, route, route.rejection()) from failure
+    hint = getattr(failure, "retry_after", None)  # the gate sees to it, unless it is too long
+    if hint is not None and hint > client.retry.max_retry_after:
+        raise failure
+    wait = client.backoff(max(turn.used - 1, 0))
+    if wait >= call.left(client.clock()) or not route.budget.take():
+        raise failure
+    client.tally.add("retries")
+    client.emit(
+        RetryScheduled,
+        turn.target.label,
+        seconds=wait,
+        attempt=turn.used + 1,
+        error=type(failure).__name__,
+    )
+    return wait
+
+
+def _pass_gate(call: Call, client: Runtime, route: Route) -> Steps[GatePass]:
+    """Wait until the provider's last 429 is over (R28)."""
+    gate = route.gate
+    while (passage := gate.admit()) is None:
+        wait, now = gate.wait_time(), client.clock()
+        if _is_hopeless(client, gate) or (math.isfinite(wait) and wait >= call.left(now)):
+            hint = gate.hint
+            error = ThrottledError(
+                f"client {client.name!r}: {route.label} asked for a pause"
+                + (f" of {hint:.1f} s" if hint is not None else "")
+                + ", which is longer than this call may wait",
+                client=client.name,
+                retry_after=hint,
+            )
+            raise _rejected(client, route, error)
+        with _enlisted(gate) as waiter:
+            yield Wait(waiter, min(wait, call.left(now)))
+        _check_deadline(call, client)
+    return passage
+
+
+def _take_slot(
+    call: Call, client: Runtime, target: Target, route: Route, passage: GatePass
+) -> Steps[Slot | None]:
+    """Queue for a place among the target's concurrent attempts and for its rate budget (R53)."""
+    if route.limiter is None:
+        return None
+    try:
+        slot = route.limiter.enter(target.estimate(call))
+    except CallRejectedError as error:
+        passage.release()
+        raise _rejected(client, target, error) from None
+    try:
+        while not slot.granted:
+            yield Wait(slot.future, min(slot.wait_time(), call.left(client.clock())))
+            if not slot.poll():
+                _check_deadline(call, client)
+    except BaseException:
+        _release(passage, slot)
+        raise
+    return slot
+
+
+def _release(passage: GatePass, slot: Slot | None) -> None:
+    passage.release()
+    if slot is not None:
+        slot.leave(tokens=0)
+
+
+def _rejected(
+    client: Runtime, target: Target | Route, error: CallRejectedError
+) -> CallRejectedError:
+    client.tally.add("rejected")
+    if client.hub.listener is not None:
+        client.emit(
+            CallRejected, target.label, reason=error.default_code, retry_after=error.retry_after
+        )
+    return error
+
+
+def _check_deadline(call: Call, client: Runtime) -> None:
+    if call.left(client.clock()) <= 0:
+        raise _deadline_passed(call, client)
+
+
+def _deadline_passed(call: Call, client: Runtime) -> DeadlineExceededError:
+    return DeadlineExceededError(
+        f"client {client.name!r}: no answer within the deadline of {call.budget:g} s",
+        client=client.name,
+    )

@@ -1,0 +1,333 @@
+"""The circuit breaker: one lock around the state machine, permits, waiting, and control by hand.
+
+This module keeps a circuit safe for threads and event loops. What opens and closes it is decided in
+`machine.py`; wrapping functions and blocks, and the arguments of the `circuitbreaker` package, are
+in `compat.py`; what a call's end says about the provider is in `outcome.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import random as random_numbers
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from dspy_resilient.circuit.compat import Wrapping, package_policy
+from dspy_resilient.circuit.fork import renew_after_fork
+from dspy_resilient.circuit.machine import Machine
+from dspy_resilient.circuit.permit import Permit
+from dspy_resilient.circuit.redact import describe
+from dspy_resilient.circuit.state import CircuitState, Outcome
+from dspy_resilient.circuit.waiting import Places, Signals, Turnstile
+from dspy_resilient.errors import CircuitOpenError
+from dspy_resilient.policies import CircuitPolicy, number
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dspy_resilient.events import Listener
+
+_NO_GENERATION = -1
+_CLOSED, _FORCED_CLOSED = CircuitState.CLOSED, CircuitState.FORCED_CLOSED
+
+
+class CircuitBreaker(Turnstile, Wrapping):
+    """A circuit: it refuses calls to a provider that keeps failing, and lets probes find out when.
+
+    Each call asks for a permit and reports through it. Closed, the circuit opens on
+    `failure_threshold` failures in a row, or when too many of the last calls failed or were slow.
+    Open, it refuses for a time that grows with each opening in a row; one opening is forgiven
+    per `recovery_time` spent closed. Then it is half-open: `probes` calls at a time may try, one
+    failure (or one slow call, where `slow_call` is set) reopens it, `successes_to_close` close it.
+
+    Safe to share between threads, tasks and event loops; no method blocks, and none runs a
+    listener while it holds the lock. The circuit changes when somebody asks or reports: it has no
+    thread and no timer. In a forked child it keeps its state but knows of no call under way.
+
+    Built with a `CircuitPolicy` it is this package's circuit; built in any other way it takes the
+    arguments of `circuitbreaker.CircuitBreaker` and behaves like it, see `Wrapping`.
+
+    Example:
+        >>> breaker = CircuitBreaker(CircuitPolicy(failure_threshold=1))
+        >>> breaker.admit().failure(TimeoutError("no answer"))
+        >>> breaker.state, breaker.last_error
+        (<CircuitState.OPEN: 'open'>, 'TimeoutError: no answer')
+        >>> print(breaker.try_admit())
+        None
+
+    Args:
+        policy: When it opens, how long for, and what closes it.
+        recovery_timeout: Of the package's form.
+        expected_exception: Exceptions that count as failures in wrapped code: a class, several,
+            or a predicate of (class, exception). None (default): every `Exception`.
+        name: Shown in errors and events, and made unique in `CircuitBreakerMonitor`.
+        fallback_function: Called by a decorated function in place of a refused call.
+        failure_threshold: Of the package's form.
+        clock: Monotonic seconds.
+        random: Numbers from 0 to below 1, for the jitter.
+        listener: Called with each `CircuitOpened`, `CircuitHalfOpened` and `CircuitClosed`.
+        client: Name of the client, for errors and events.
+        target: Label of the target, for events. None (default): `name`.
+
+    Attributes:
+        policy: The policy in force.
+        client: Name of the client.
+    """
+
+    def __init__(
+        self,
+        policy: CircuitPolicy | int | None = None,
+        recovery_timeout: float | None = None,
+        expected_exception: Any = None,
+        name: str | None = None,
+        fallback_function: Callable[..., Any] | None = None,
+        *,
+        failure_threshold: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        random: Callable[[], float] = random_numbers.random,
+        listener: Listener | None = None,
+        client: str = "",
+        target: str | None = None,
+    ) -> None:
+        if not isinstance(policy, CircuitPolicy):
+            threshold = policy if failure_threshold is None else failure_threshold
+            policy = package_policy(type(self), threshold, recovery_timeout)
+        elif failure_threshold is not None or recovery_timeout is not None:
+            raise TypeError(
+                "CircuitBreaker: failure_threshold and recovery_timeout are fields of the policy"
+            )
+        super().__init__(expected_exception=expected_exception, fallback_function=fallback_function)
+        self.policy = policy
+        self.client = client
+        self._clock = clock
+        # Re-entrant: the garbage collector may close an abandoned generator on this very thread
+        # while it is in here, and the generator then reports its permit.
+        self._lock = threading.RLock()
+        self._signals = Signals(listener)
+        self._places = Places()
+        self._machine = Machine(
+            policy,
+            clock(),
+            random,
+            self._signals,
+            self._places,
+            client=client,
+            target=name if target is None else target,
+        )
+        self._rejected = 0
+        if name is not None:
+            self._register(name)
+        renew_after_fork(self)
+
+    # Asking and reporting
+
+    def try_admit(self, lease: float = 0.0) -> Permit | None:
+        """Return leave to make one call, or None if it is refused; cheap either way.
+
+        With `mode="observe"` nothing is refused; the result of a call that would have been
+        counts nowhere.
+
+        Args:
+            lease: Seconds the call may take (the client's timeout): a probe that has not reported
+                after that, or after `probe_lease` if that is longer, gives up its place.
+        """
+        machine = self._machine
+        with self._lock:
+            now = self._clock()
+            if machine.state is _CLOSED or machine.state is _FORCED_CLOSED:
+                return Permit(self, machine.generation, now)
+            if machine.lets_probe(now):
+                permit = Permit(self, machine.generation, now, probe=True)
+                self._places.take(permit, now + max(self.policy.probe_lease, lease))
+            else:
+                self._rejected += 1
+                if self.policy.mode != "observe":
+                    return None
+                permit = Permit(self, _NO_GENERATION, now)
+        self._signals.send()
+        return permit
+
+    def admit(self) -> Permit:
+        """Return leave to make one call, or raise `rejection()`."""
+        permit = self.try_admit()
+        if permit is None:
+            raise self.rejection()
+        return permit
+
+    def rejection(self) -> CircuitOpenError:
+        """Return a fresh error that says why, and until when, calls are refused now.
+
+        Its `retry_after` is exact while the circuit is open, and None while nobody can tell: all
+        probes are under way, or it was forced open without end.
+        """
+        with self._lock:
+            machine, now = self._machine, self._clock()
+            state, wait, reason = machine.seen(now), machine.wait(now), machine.reason
+            last_error = machine.last_error
+        name = f"circuit {self.name!r}" if self.name else "the circuit"
+        because = f" ({reason})" if reason else ""
+        if math.isfinite(wait):
+            advice = f"try again in {wait:.1f} s"
+        elif state is CircuitState.HALF_OPEN:
+            advice = "its probes are under way; try again soon"
+        else:
+            advice = "it stays so until auto() or reset()"
+        return CircuitOpenError(
+            f"{name} is {state.replace('_', ' ')}{because}: {advice}",
+            client=self.client,
+            reason=reason,
+            last_error=last_error,
+            retry_after=wait if math.isfinite(wait) else None,
+        )
+
+    def record(
+        self,
+        permit: Permit,
+        outcome: Outcome,
+        error: BaseException | str | None = None,
+        *,
+        retry_after: float | None = None,
+        reason: str = "failures",
+    ) -> None:
+        """Take the report of `permit`; called by its own methods."""
+        text = describe(error)  # runs the error's __str__, so before the lock
+        machine = self._machine
+        with self._lock:
+            if permit.reported:
+                return
+            permit.reported = True
+            if permit.generation != machine.generation:
+                return
+            if outcome is Outcome.SUCCESS:
+                now = self._clock()
+                machine.succeed(now, now - permit.started_at)
+            elif outcome is Outcome.FAILURE:
+                machine.fail(self._clock(), reason, text, retry_after)
+            if permit.probe:
+                machine.free(permit)
+        if self._signals.pending:
+            self._signals.send()
+
+    def _wait(self, now: float) -> float:
+        return 0.0 if self.policy.mode == "observe" else self._machine.wait(now)
+
+    # Control by hand
+
+    def trip(
+        self,
+        reason: str = "manual",
+        *,
+        error: BaseException | str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        """Open as a failure would: for a growing time, after which probes may close it.
+
+        An open circuit stays as it is, but for a `retry_after` (seconds, at most
+        `max_recovery_time`) that is longer than what remains. A forced one does not change.
+        """
+        text = describe(error)
+        with self._lock:
+            machine, now = self._machine, self._clock()
+            state = machine.seen(now)
+            if state is CircuitState.OPEN:
+                machine.extend(now, retry_after)
+            elif state is _CLOSED or state is CircuitState.HALF_OPEN:
+                machine.open(now, reason, text, retry_after)
+        self._signals.send()
+
+    def force_open(self, reason: str = "manual", seconds: float | None = None) -> None:
+        """Refuse every call for `seconds`, then let probes through; None (default): without end."""
+        number("CircuitBreaker.force_open", "seconds", seconds, above=True, optional=True)
+        until = math.inf if seconds is None else seconds
+        with self._lock:
+            now = self._clock()
+            self._machine.refuse(now, CircuitState.FORCED_OPEN, until, reason, None)
+        self._signals.send()
+
+    def force_half_open(self) -> None:
+        """Let probes through now; they decide."""
+        with self._lock:
+            self._machine.become_half_open(self._clock())
+        self._signals.send()
+
+    def force_closed(self) -> None:
+        """Let every call through, whatever comes back, until `auto()` or `reset()`."""
+        with self._lock:
+            self._machine.close(self._clock(), CircuitState.FORCED_CLOSED)
+        self._signals.send()
+
+    def auto(self) -> None:
+        """End what was forced: from open by way of half-open, from closed to closed."""
+        with self._lock:
+            machine = self._machine
+            if machine.state is CircuitState.FORCED_OPEN:
+                machine.become_half_open(self._clock())
+            elif machine.state is CircuitState.FORCED_CLOSED:
+                machine.close(self._clock())
+        self._signals.send()
+
+    def reset(self) -> None:
+        """Close, end what was forced, and forget every failure and opening."""
+        with self._lock:
+            self._machine.forget(self._clock())
+        self._signals.send()
+
+    def renew(self) -> None:
+        """Make the circuit usable in a forked child, where its callers do not exist."""
+        torn = not self._lock.acquire(blocking=False)  # another thread was in the middle of it
+        self._lock = threading.RLock()
+        self._signals.renew()
+        self._places.clear()
+        if torn:
+            self.reset()
+
+    # Looking
+
+    @property
+    def state(self) -> CircuitState:
+        """What a call would find now; equal to the package's strings, e.g. "half_open"."""
+        with self._lock:
+            return self._machine.seen(self._clock())
+
+    @property
+    def since(self) -> float:
+        """The clock's reading when the circuit last changed by a call, a report or a hand."""
+        return self._machine.since
+
+    @property
+    def reason(self) -> str | None:
+        """Why it last opened ("failures", "slow", "billing", "manual" ...), or None."""
+        return self._machine.reason
+
+    @property
+    def last_error(self) -> str | None:
+        """Redacted text of the last failure, or None; never the exception."""
+        return self._machine.last_error
+
+    @property
+    def open_remaining(self) -> float:
+        """Seconds it still refuses every call: exact, 0.0 unless open, inf if without end."""
+        with self._lock:
+            machine, now = self._machine, self._clock()
+            return max(0.0, machine.open_until - now) if machine.refuses else 0.0
+
+    @property
+    def failure_count(self) -> int:
+        """Failures since the last success."""
+        return self._machine.failures
+
+    @property
+    def opening(self) -> int:
+        """Openings in a row, on which the open time depends, less those forgiven since."""
+        with self._lock:
+            return self._machine.held(self._clock())
+
+    @property
+    def rejected(self) -> int:
+        """Calls refused so far; with `mode="observe"`, those that would have been."""
+        return self._rejected
+
+    def __repr__(self) -> str:
+        """Show name and state."""
+        return f"<CircuitBreaker {self.name!r}: {self.state}>"

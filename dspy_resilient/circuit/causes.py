@@ -1,0 +1,149 @@
+"""What an error and its causes say, as plain facts: classes, statuses, codes, headers.
+
+LiteLLM and the SDKs put their errors into each other, and each layer says something else. This
+module reads all of them, by name and attribute, so that it needs none of them; it never raises,
+and it judges nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+_MOST = 32
+
+
+class Causes:
+    """An error and what caused it.
+
+    Attributes:
+        chain: The errors, outermost first.
+        names: Names of all their classes, base classes included.
+        wire_status: The HTTP status the provider sent, where an HTTP error lies at the bottom.
+        status: The same, else the first status that an error claims; LiteLLM invents some.
+    """
+
+    __slots__ = ("chain", "names", "status", "wire_status")
+
+    def __init__(self, error: BaseException) -> None:
+        self.chain = list(_unfold(error))
+        self.names = {base.__name__ for each in self.chain for base in type(each).__mro__}
+        self.wire_status = self._sent_status() if "HTTPStatusError" in self.names else None
+        self.status = self.wire_status or self._claimed_status()
+
+    def _sent_status(self) -> int | None:
+        responses = (_get(each, "response") for each in self.chain if _is_http_error(each))
+        statuses = (_as_status(_get(response, "status_code")) for response in responses)
+        return next((status for status in statuses if status is not None), None)
+
+    def _claimed_status(self) -> int | None:
+        claims = (_get(each, name) for each in self.chain for name in ("status", "status_code"))
+        return next((status for claim in claims if (status := _as_status(claim))), None)
+
+    @property
+    def sdk_refused(self) -> bool:
+        """Whether the OpenAI SDK would not even build its client (no key); LiteLLM says 500."""
+        return any(
+            type(each).__name__ == "OpenAIError" and type(each).__module__.startswith("openai")
+            for each in self.chain
+        )
+
+    def codes(self) -> Iterator[str]:
+        """Yield the error codes of the provider."""
+        for each in self.chain:
+            body = _get(each, "body")
+            detail = body.get("error", body) if isinstance(body, dict) else None
+            dspys = hasattr(type(each), "default_code")  # DSPy's classes have a `code` of their own
+            found = [_get(each, "provider_code" if dspys else "code")]
+            if isinstance(detail, dict):
+                found += [detail.get("code"), detail.get("type")]
+            yield from (code for code in found if isinstance(code, str))
+
+    def mentions(self, phrases: tuple[str, ...]) -> bool:
+        """Whether a code or a message holds one of `phrases`."""
+        texts = [*self.codes(), *map(_text, self.chain)]
+        return any(phrase in text for text in texts for phrase in phrases)
+
+    def attributes(self, name: str) -> Iterator[Any]:
+        """Yield the attribute `name` of every error that has it."""
+        values = (_get(each, name) for each in self.chain)
+        return (value for value in values if value is not None)
+
+    def headers(self) -> Iterator[dict[str, str]]:
+        """Yield the response headers each error carries, by lower-case name."""
+        for each in self.chain:
+            found: dict[str, str] = {}
+            for holder in (
+                _get(each, "litellm_response_headers"),
+                _get(_get(each, "response"), "headers"),
+                _get(each, "headers"),
+                _get(each, "rate_limit_headers"),  # DSPy's native engines: tuples of values
+            ):
+                for name, value in _items(holder):
+                    found.setdefault(name.lower(), value)
+            if found:
+                yield found
+
+
+def _unfold(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and its causes, without what was being handled when the attempt began.
+
+    Python hangs that on, too: a tool's error, an adapter's, an earlier attempt's. It can be told
+    by where it was caught: in a function that is still running.
+    """
+    running = set()
+    frame = inspect.currentframe()
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back
+    waiting: list[Any] = [error]
+    seen: list[BaseException] = []
+    while waiting and len(seen) < _MOST:
+        each = waiting.pop(0)
+        if not isinstance(each, BaseException) or any(each is other for other in seen):
+            continue
+        seen.append(each)
+        yield each
+        context = each.__context__
+        caught = context.__traceback__ if context is not None else None
+        if caught is not None and caught.tb_frame in running:
+            context = None
+        waiting += [each.__cause__ or context, _get(each, "original_exception")]
+
+
+def _is_http_error(error: BaseException) -> bool:
+    return any(base.__name__ == "HTTPStatusError" for base in type(error).__mro__)
+
+
+def _as_status(value: object) -> int | None:
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 599:  # noqa: PLR2004
+        return int(value)
+    return None
+
+
+def _items(holder: Any) -> Iterator[tuple[str, str]]:
+    try:
+        items = list(holder.items())
+    except Exception:  # noqa: BLE001  # whatever it is, it holds no headers
+        return
+    for name, value in items:
+        first = value[0] if isinstance(value, (tuple, list)) and value else value
+        if isinstance(name, str) and isinstance(first, (str, int, float)):
+            yield name, str(first)
+
+
+def _get(thing: Any, name: str) -> Any:
+    try:
+        return getattr(thing, name, None)
+    except Exception:  # noqa: BLE001  # a property of somebody's exception may raise anything
+        return None
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  # nor may a broken __str__ hide the error
+        return ""

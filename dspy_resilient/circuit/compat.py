@@ -1,0 +1,304 @@
+"""The side of the circuit that the `circuitbreaker` package knows.
+
+Its arguments, its decorator and `with` forms, its monitor. This module asks for permits and reports
+through them; the state is kept by `breaker.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from abc import abstractmethod
+from concurrent.futures import CancelledError
+from contextlib import aclosing
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from functools import wraps
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from itertools import chain, count
+from typing import TYPE_CHECKING, Any
+
+import circuitbreaker
+
+from dspy_resilient.circuit.state import CircuitState
+from dspy_resilient.errors import CallRejectedError
+from dspy_resilient.policies import CircuitPolicy, number
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Generator
+    from types import TracebackType
+
+    from dspy_resilient.circuit.permit import Permit
+    from dspy_resilient.errors import CircuitOpenError
+
+_OURS = (CallRejectedError, circuitbreaker.CircuitBreakerError, CancelledError)
+"""Exceptions that say nothing about the provider: it was not asked, or not waited for."""
+
+_entered: ContextVar[tuple[Permit, ...]] = ContextVar("dspy_resilient_entered", default=())
+"""Permits of the `with breaker:` blocks that this thread or task is in."""
+
+
+def package_policy(owner: Any, failure_threshold: Any, recovery_timeout: Any) -> CircuitPolicy:
+    """Return the policy that behaves like the package's numbers; None means `owner`'s default."""
+    if failure_threshold is None:
+        failure_threshold = owner.FAILURE_THRESHOLD
+    if recovery_timeout is None:
+        recovery_timeout = owner.RECOVERY_TIMEOUT
+    number("CircuitBreaker", "failure_threshold", failure_threshold, low=1, whole=True)
+    number("CircuitBreaker", "recovery_timeout", recovery_timeout, above=True)
+    return CircuitPolicy(
+        failure_threshold=failure_threshold,
+        min_calls=sys.maxsize,
+        recovery_time=recovery_timeout,
+        max_recovery_time=recovery_timeout,
+        backoff=1.0,
+        jitter=0.0,
+        successes_to_close=1,
+    )
+
+
+class Wrapping(circuitbreaker.CircuitBreaker):
+    """A `circuitbreaker.CircuitBreaker` that asks before each call and reports after it.
+
+    It decorates functions, coroutine functions, generators and async generators, and guards
+    `with` and `async with` blocks. An exception is a failure if it is an `Exception` that
+    `expected_exception` covers. Anything else is neutral: other exceptions, our own refusals,
+    cancellation, Ctrl-C, a consumer that stops iterating. A generator's call lasts from its first
+    item to its end.
+
+    The package's form (no policy: `failure_threshold`, `recovery_timeout`, `expected_exception`,
+    `name`, `fallback_function`, each None for the class attribute) behaves as the package
+    documents: fixed recovery time, one success closes. It differs where the package errs:
+
+    - half-open lets one call through at a time, not all of them;
+    - a cancelled call, or an exception that is not expected, is neutral, not a success;
+    - a result from before the circuit opened neither closes it nor keeps it open longer;
+    - 0 is refused with a ValueError, not replaced by the default;
+    - `with breaker:` and `call()` ask, and so may raise `CircuitOpenError`;
+    - an abandoned generator is neutral at once; `send`, `throw` and the result reach a generator;
+    - a name is made unique ("name-2"), so that no breaker hides another in the monitor, which holds
+      a weak proxy (equal to the breaker, not identical) until the breaker is gone;
+    - `last_failure` is a redacted text, and `open_remaining` is exact and 0.0 unless open.
+
+    A `with breaker:` block must be left by the thread or task that entered it, innermost first.
+    Where that is not sure (a block around a `yield`), use the decorator, or `breaker.admit()`.
+    """
+
+    @abstractmethod
+    def try_admit(self) -> Permit | None:
+        """Return leave to make one call, or None."""
+
+    @abstractmethod
+    def admit(self) -> Permit:
+        """Return leave to make one call, or raise."""
+
+    @abstractmethod
+    def rejection(self) -> CircuitOpenError:
+        """Return the error for a refused call."""
+
+    @property
+    @abstractmethod
+    def state(self) -> CircuitState:
+        """What a call would find now."""
+
+    @property
+    @abstractmethod
+    def last_error(self) -> str | None:
+        """Redacted text of the last failure."""
+
+    @property
+    @abstractmethod
+    def open_remaining(self) -> float:
+        """Seconds it still refuses every call."""
+
+    def __enter__(self) -> Permit:
+        """Ask for leave, and return the permit; what the block does not report, its end does."""
+        permit = self.admit()
+        _entered.set((*_entered.get(), permit))
+        return permit
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Report how the block ended."""
+        entered = _entered.get()
+        for place in reversed(range(len(entered))):
+            if entered[place].circuit is self:
+                _entered.set(entered[:place] + entered[place + 1 :])
+                self.settle(entered[place], error)
+                return
+
+    async def __aenter__(self) -> Permit:
+        """Do what `__enter__` does."""
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Do what `__exit__` does."""
+        self.__exit__(kind, error, traceback)
+
+    def settle(self, permit: Permit, error: BaseException | None) -> None:
+        """Report through `permit` what `error` (None: a normal end) says about the provider."""
+        try:
+            if error is None:
+                permit.success()
+            elif (
+                isinstance(error, Exception)
+                and not isinstance(error, _OURS)
+                and self.is_failure(type(error), error)
+            ):
+                permit.failure(error, retry_after=getattr(error, "retry_after", None))
+        finally:
+            permit.neutral()  # unless reported: the error is not expected, or the predicate raised
+
+    def decorate(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function` guarded by this circuit; it names a circuit that has no name."""
+        if self.name is None:
+            self._register(getattr(function, "__qualname__", type(function).__qualname__))
+        if isasyncgenfunction(function):
+            return self._decorate_async_generator(function)
+        if iscoroutinefunction(function):
+            return self._decorate_coroutine(function)
+        if isgeneratorfunction(function):
+            return self._decorate_generator(function)
+
+        @wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            return self.call(function, *args, **kwargs)
+
+        return guarded
+
+    def _decorate_coroutine(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        async def guarded(*args: Any, **kwargs: Any) -> Any:
+            return await self.call_async(function, *args, **kwargs)
+
+        return guarded
+
+    def _decorate_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+            return (yield from self.call_generator(function, *args, **kwargs))
+
+        return guarded
+
+    def _decorate_async_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+            async with aclosing(self.call_async_generator(function, *args, **kwargs)) as items:
+                async for item in items:
+                    yield item
+
+        return guarded
+
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `func` under this circuit; if refused, call the fallback or raise."""
+        permit = self.try_admit()
+        if permit is None:
+            return self._instead()(*args, **kwargs)
+        with _Settled(self, permit):
+            return func(*args, **kwargs)
+
+    async def call_async(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do what `call` does for a coroutine function."""
+        permit = self.try_admit()
+        if permit is None:
+            return await self._instead()(*args, **kwargs)
+        with _Settled(self, permit):
+            return await func(*args, **kwargs)
+
+    def call_generator(
+        self, func: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Generator[Any, Any, Any]:
+        """Do what `call` does for a generator function, from the first item to the end."""
+        permit = self.try_admit()
+        if permit is None:
+            return (yield from self._instead()(*args, **kwargs))
+        with _Settled(self, permit):
+            return (yield from func(*args, **kwargs))
+
+    async def call_async_generator(
+        self, func: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any]:
+        """Do what `call` does for an async generator function, from the first item to the end."""
+        permit = self.try_admit()
+        if permit is None:
+            async for item in self._instead()(*args, **kwargs):
+                yield item
+            return
+        with _Settled(self, permit):
+            async with aclosing(func(*args, **kwargs)) as items:
+                async for item in items:
+                    yield item
+
+    def _instead(self) -> Callable[..., Any]:
+        if self.fallback_function is None:
+            raise self.rejection()
+        fallback: Callable[..., Any] = self.fallback_function
+        return fallback
+
+    @property
+    def opened(self) -> bool:
+        """Whether every call is refused."""
+        return self.state in (CircuitState.OPEN, CircuitState.FORCED_OPEN)
+
+    @property
+    def closed(self) -> bool:
+        """Whether every call is let through."""
+        return self.state in (CircuitState.CLOSED, CircuitState.FORCED_CLOSED)
+
+    @property
+    def last_failure(self) -> str | None:
+        """The same as `last_error`: a redacted text, where the package has the exception."""
+        return self.last_error
+
+    @property
+    def open_until(self) -> datetime:
+        """Wall-clock time until which every call is refused, for people; the last one if for ever."""
+        if math.isinf(self.open_remaining):
+            return datetime.max.replace(tzinfo=UTC)
+        until: datetime = super().open_until
+        return until
+
+    def _register(self, name: str) -> None:
+        """Enter the monitor under `name` or the first free variation of it, and take that name."""
+        entries: dict[str, Any] = circuitbreaker.CircuitBreakerMonitor.circuit_breakers
+        for unique in chain([name], (f"{name}-{n}" for n in count(2))):
+
+            def remove(dead: Any, unique: str = unique) -> None:
+                if entries.get(unique) is dead:
+                    del entries[unique]
+
+            entry = weakref.proxy(self, remove)
+            if entries.setdefault(unique, entry) is entry:
+                self._name = unique
+                return
+
+
+class _Settled:
+    """A block whose end is the report of `permit`; one per call, so safe across any switch."""
+
+    __slots__ = ("_breaker", "_permit")
+
+    def __init__(self, breaker: Wrapping, permit: Permit) -> None:
+        self._breaker = breaker
+        self._permit = permit
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._breaker.settle(self._permit, error)

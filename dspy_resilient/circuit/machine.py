@@ -1,0 +1,239 @@
+"""The circuit's state machine: what opens it, for how long, and what closes it again.
+
+Pure decisions. The time is an argument, and the lock belongs to the owner (`breaker.py`), who
+holds it around every call: nothing here waits, calls the provider, or delivers an event.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from dspy_resilient.circuit.state import CircuitState
+from dspy_resilient.circuit.window import Window
+from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpened
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dspy_resilient.circuit.waiting import Places, Signals
+    from dspy_resilient.events import Event
+    from dspy_resilient.policies import CircuitPolicy
+
+_AT_ONCE = frozenset({"billing"})
+"""Reasons for which one failure is enough: repeating the call cannot help."""
+
+_PASSING = (CircuitState.CLOSED, CircuitState.FORCED_CLOSED)
+_REFUSING = (CircuitState.OPEN, CircuitState.FORCED_OPEN)
+
+
+class Machine:
+    """State of one circuit; needs its owner's lock throughout.
+
+    Every change of state starts a new generation, calls all waiters and takes back all places; a
+    result of an earlier generation is not for this machine.
+
+    Attributes:
+        state: The state as last decided. An OPEN one whose time is over becomes HALF_OPEN with
+            the next call that asks; see `seen`.
+        since: The clock's reading at the last change.
+        open_until: The clock's reading at which OPEN or FORCED_OPEN ends; inf for without end.
+        generation: Number of changes so far.
+        failures: Failures since the last success.
+        openings: Consecutive openings, less those forgiven when it last closed.
+        reason: Why it last opened.
+        last_error: Redacted text of the last failure.
+    """
+
+    def __init__(
+        self,
+        policy: CircuitPolicy,
+        now: float,
+        random: Callable[[], float],
+        signals: Signals,
+        places: Places,
+        **facts: Any,
+    ) -> None:
+        self.policy = policy
+        self.state = CircuitState.CLOSED
+        self.since = self.open_until = now
+        self.generation = 0
+        self.failures = 0
+        self.openings = 0
+        self.reason: str | None = None
+        self.last_error: str | None = None
+        self._random = random
+        self._signals = signals
+        self._places = places
+        self._facts = facts
+        self._window = Window(policy.window)
+        self._successes = 0
+        self._left_closed = now
+        self._steps = _steps(policy)
+
+    def seen(self, now: float) -> CircuitState:
+        """Return the state as a caller would find it."""
+        if self.state in _REFUSING and now >= self.open_until:
+            return CircuitState.HALF_OPEN
+        return self.state
+
+    def wait(self, now: float) -> float:
+        """Return the seconds until a call would be let in; inf if nobody can tell."""
+        if self.state in _PASSING:
+            return 0.0
+        if self.state in _REFUSING:
+            return max(0.0, self.open_until - now)
+        return 0.0 if self.has_place(now) else math.inf
+
+    @property
+    def refuses(self) -> bool:
+        """Whether it refuses every call until a time, which may be over."""
+        return self.state in _REFUSING
+
+    def has_place(self, now: float) -> bool:
+        """Whether a probe more may go."""
+        return self._places.taken(now) < self.policy.probes
+
+    def lets_probe(self, now: float) -> bool:
+        """Whether a call that found it not closed may go as a probe; becomes half-open if due."""
+        if self.state is not CircuitState.HALF_OPEN:
+            if now < self.open_until:
+                return False
+            self.become_half_open(now)
+        return self.has_place(now)
+
+    def succeed(self, now: float, seconds: float) -> None:
+        """Count a success that took `seconds`."""
+        slow = self.policy.slow_call is not None and seconds >= self.policy.slow_call
+        if self.state is CircuitState.HALF_OPEN:
+            if slow:
+                self.open(now, "slow")
+                return
+            self._successes += 1
+            if self._successes >= self.policy.successes_to_close:
+                self.close(now)
+            return
+        self.failures = 0
+        window = self._window
+        window.add(now, failed=False, slow=slow)
+        if slow and self._reached(window.slow, self.policy.slow_rate):
+            self._trip(now, "slow", None, None)
+
+    def fail(self, now: float, reason: str, error: str | None, retry_after: float | None) -> None:
+        """Count a failure."""
+        self.failures += 1
+        self.last_error = error
+        if self.state is CircuitState.HALF_OPEN:
+            self.open(now, reason, error, retry_after)
+            return
+        window = self._window
+        window.add(now, failed=True, slow=False)
+        if (
+            self.failures >= self.policy.failure_threshold
+            or self._reached(window.failures, self.policy.failure_rate)
+            or reason in _AT_ONCE
+        ):
+            self._trip(now, reason, error, retry_after)
+
+    def free(self, holder: object) -> None:
+        """Take back a probe's place, and call a waiter for it."""
+        if self._places.give_back(holder):
+            self._signals.call(1)
+
+    def open(
+        self,
+        now: float,
+        reason: str,
+        error: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        """Open for as long as this opening in a row deserves, `retry_after` being the least."""
+        self.openings = self.held(now) + 1
+        seconds = max(self._open_time(), self._floor(retry_after))
+        self.refuse(now, CircuitState.OPEN, seconds, reason, error)
+
+    def extend(self, now: float, retry_after: float | None) -> None:
+        """Stay open until `retry_after` seconds from now if that is later than planned."""
+        self.open_until = max(self.open_until, now + self._floor(retry_after))
+
+    def refuse(
+        self, now: float, state: CircuitState, seconds: float, reason: str, error: str | None
+    ) -> None:
+        """Become `state`, one that refuses, for `seconds`."""
+        if self.state in _PASSING:
+            self._left_closed = now
+        self._enter(state, now)
+        self.open_until = now + seconds
+        self.reason = reason
+        self.last_error = error
+        self._note(CircuitOpened, now, reason=reason, seconds=seconds, last_error=error)
+
+    def become_half_open(self, now: float) -> None:
+        """Let probes through from now on."""
+        if self.state in _PASSING:
+            self._left_closed = now
+        self._enter(CircuitState.HALF_OPEN, now)
+        self._note(CircuitHalfOpened, now)
+
+    def close(self, now: float, state: CircuitState = CircuitState.CLOSED) -> None:
+        """Become `state`, one that lets calls through, with nothing counted yet."""
+        was_closed = self.state in _PASSING
+        self.openings = min(self.held(now), self._steps + 1)
+        self._enter(state, now)
+        self.failures = 0
+        self._window.clear()
+        if not was_closed:
+            self._note(CircuitClosed, now, seconds=now - self._left_closed)
+
+    def forget(self, now: float) -> None:
+        """Become as new, but for the generation."""
+        self.close(now)
+        self.openings = 0
+        self.reason = self.last_error = None
+
+    def _trip(self, now: float, reason: str, error: str | None, retry_after: float | None) -> None:
+        if self.state is CircuitState.CLOSED:
+            self.open(now, reason, error, retry_after)
+
+    def _reached(self, count: int, rate: float) -> bool:
+        calls = self._window.calls
+        return calls >= self.policy.min_calls and count / calls >= rate
+
+    def held(self, now: float) -> int:
+        """Openings still held against the provider: one is forgiven per `recovery_time` closed."""
+        if self.state not in _PASSING or not self.openings:
+            return self.openings
+        return max(0, self.openings - int((now - self.since) // self.policy.recovery_time))
+
+    def _floor(self, retry_after: float | None) -> float:
+        """Return the least open time that a provider's hint asks for; nonsense asks for none."""
+        if not isinstance(retry_after, int | float) or not retry_after > 0:
+            return 0.0
+        return min(retry_after, self.policy.max_recovery_time)
+
+    def _open_time(self) -> float:
+        policy, steps = self.policy, self.openings - 1
+        seconds = policy.max_recovery_time
+        if steps < self._steps:
+            seconds = min(seconds, policy.recovery_time * policy.backoff**steps)
+        return seconds * (1 + policy.jitter * (2 * self._random() - 1))
+
+    def _enter(self, state: CircuitState, now: float) -> None:
+        self.state = state
+        self.since = now
+        self.generation += 1
+        self._successes = 0
+        self._places.clear()
+        self._signals.call()
+
+    def _note(self, kind: type[Event], now: float, **facts: Any) -> None:
+        self._signals.note(kind(at=now, **self._facts, **facts))
+
+
+def _steps(policy: CircuitPolicy) -> int:
+    """Return after how many openings in a row the open time has grown to its longest."""
+    if policy.backoff == 1:
+        return sys.maxsize
+    growth = math.log(policy.max_recovery_time) - math.log(policy.recovery_time)
+    return math.ceil(growth / math.log(policy.backoff))

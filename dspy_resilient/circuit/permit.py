@@ -1,0 +1,86 @@
+"""Leave to make one call, which reports exactly once how it went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from dspy_resilient.circuit.state import Outcome
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from dspy_resilient.circuit.breaker import CircuitBreaker
+
+
+class Permit:
+    """Leave to make one call. The first report counts, on whatever thread; later ones do nothing.
+
+    A report of an earlier generation (the circuit has opened, closed or been switched by hand
+    since) changes nothing either. A `with` block that ends without a report is neutral. A permit
+    that is dropped without one is no harm: a probe's place is freed when its lease is over.
+
+    Example:
+        >>> from dspy_resilient.circuit import CircuitBreaker
+        >>> from dspy_resilient.policies import CircuitPolicy
+        >>> breaker = CircuitBreaker(CircuitPolicy())
+        >>> with breaker.admit() as permit:
+        ...     permit.failure()
+        >>> breaker.failure_count
+        1
+
+    Attributes:
+        circuit: The circuit that gave it.
+        generation: The circuit's generation at the time.
+        started_at: The clock's reading at the time.
+        probe: Whether the call holds a place of a half-open circuit.
+        reported: Whether the report is in.
+    """
+
+    __slots__ = ("circuit", "generation", "probe", "reported", "started_at")
+
+    def __init__(
+        self, circuit: CircuitBreaker, generation: int, started_at: float, probe: bool = False
+    ) -> None:
+        self.circuit = circuit
+        self.generation = generation
+        self.started_at = started_at
+        self.probe = probe
+        self.reported = False
+
+    def success(self) -> None:
+        """Report an answer. It counts as slow if it took `CircuitPolicy.slow_call` or longer."""
+        self.circuit.record(self, Outcome.SUCCESS)
+
+    def failure(
+        self,
+        error: BaseException | str | None = None,
+        *,
+        retry_after: float | None = None,
+        reason: str = "failures",
+    ) -> None:
+        """Report that the provider failed.
+
+        Args:
+            error: What went wrong; only a redacted text of it is kept.
+            retry_after: Seconds the provider asked to be left alone; if this failure opens the
+                circuit, it stays open for at least so long (at most `max_recovery_time`).
+            reason: Why the circuit is open if this failure opens it; "billing" does so at once.
+        """
+        self.circuit.record(self, Outcome.FAILURE, error, retry_after=retry_after, reason=reason)
+
+    def neutral(self) -> None:
+        """Report that the call says nothing about the provider; gives a probe's place back."""
+        self.circuit.record(self, Outcome.NEUTRAL)
+
+    def __enter__(self) -> Self:
+        """Return the permit itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Be neutral unless something was reported."""
+        self.neutral()

@@ -1,0 +1,53 @@
+"""How many of the last calls failed or were slow.
+
+Counts over a moving stretch of time, kept in a ring of buckets: constant memory and constant cost
+however many calls there are. This module judges nothing. It has no lock and no clock.
+"""
+
+from __future__ import annotations
+
+_BUCKETS = 12
+
+
+class Window:
+    """Counts of the verdicts of the last `seconds`, to a twelfth of that; needs its owner's lock.
+
+    Attributes:
+        calls: Verdicts in the window.
+        failures: Those that were failures.
+        slow: Those that were slow successes.
+    """
+
+    __slots__ = ("_buckets", "_tick", "_width", "calls", "failures", "slow")
+
+    def __init__(self, seconds: float) -> None:
+        self._width = seconds / _BUCKETS
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._buckets = [[0, 0, 0] for _ in range(_BUCKETS)]
+        self._tick = 0
+        self.calls = self.failures = self.slow = 0
+
+    def add(self, now: float, *, failed: bool, slow: bool) -> None:
+        """Count one verdict at the clock's reading `now`, and drop what has become too old."""
+        tick = int(now // self._width)
+        if tick > self._tick:
+            self._turn(tick)
+        bucket = self._buckets[self._tick % _BUCKETS]
+        bucket[0] += 1
+        bucket[1] += failed
+        bucket[2] += slow
+        self.calls += 1
+        self.failures += failed
+        self.slow += slow
+
+    def _turn(self, tick: int) -> None:
+        for passed in range(max(self._tick, tick - _BUCKETS) + 1, tick + 1):
+            bucket = self._buckets[passed % _BUCKETS]
+            self.calls -= bucket[0]
+            self.failures -= bucket[1]
+            self.slow -= bucket[2]
+            bucket[:] = (0, 0, 0)
+        self._tick = tick

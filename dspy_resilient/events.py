@@ -1,0 +1,181 @@
+"""What happened, as frozen facts in the past tense, and how listeners hear of it.
+
+This module owns the event types and their delivery. It formats nothing for people but log lines,
+and it never lets a listener's fault reach a call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+logger = logging.getLogger("dspy_resilient")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Something that happened to a client.
+
+    Attributes:
+        client: Name of the client.
+        at: When, on the client's monotonic clock, in seconds.
+        target: Label of the target concerned, or None where no single one was.
+    """
+
+    client: str
+    at: float
+    target: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallFinished(Event):
+    """A call ended: with an answer (`error` is None) or with an error's class name."""
+
+    seconds: float
+    attempts: int
+    cache_hit: bool
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheHit(Event):
+    """An answer came from the cache; `stale` if past its ttl."""
+
+    age: float
+    stale: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlightJoined(Event):
+    """A call waits for an identical one that is under way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallRejected(Event):
+    """A target was not asked: its circuit, gate or limit refused."""
+
+    reason: str
+    retry_after: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Throttled(Event):
+    """The provider answered 429: the gate is closed for `seconds`; `hint` is what was asked for."""
+
+    seconds: float
+    hint: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptFailed(Event):
+    """One request ended without an answer."""
+
+    seconds: float
+    outcome: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryScheduled(Event):
+    """A failed attempt will be repeated after `seconds`."""
+
+    seconds: float
+    attempt: int
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FellBack(Event):
+    """A call went on to the next target (`target`) because of `error`."""
+
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CircuitOpened(Event):
+    """A circuit opened for `seconds`."""
+
+    reason: str
+    seconds: float
+    last_error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CircuitHalfOpened(Event):
+    """A circuit lets probes through."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CircuitClosed(Event):
+    """A circuit is closed again, `seconds` after it opened."""
+
+    seconds: float
+
+
+Listener = Callable[[Event], object]
+
+_STATE_CHANGES = (CircuitOpened, CircuitHalfOpened, CircuitClosed, Throttled, FellBack)
+_BASE = {f.name for f in fields(Event)}
+
+
+class Hub:
+    """Delivers events to one listener and the log, in order, with no lock held meanwhile.
+
+    Whoever finds nobody delivering drains the queue; everybody else only appends. So a slow
+    listener delays at most the thread that is delivering, and events never overtake each other.
+    """
+
+    def __init__(self, listener: Listener | None = None) -> None:
+        self.listener = listener
+        self._queue: deque[Event] = deque()
+        self._delivering = threading.Lock()
+        self._warned = False
+
+    def wants(self, kind: type[Event]) -> bool:
+        """Whether anybody would hear of an event of this kind."""
+        return self.listener is not None or kind in _STATE_CHANGES
+
+    def emit(self, event: Event) -> None:
+        """Queue `event` and deliver what is queued, unless somebody already does."""
+        self._queue.append(event)
+        while self._queue and self._delivering.acquire(blocking=False):
+            try:
+                while self._queue:
+                    self._deliver(self._queue.popleft())
+            finally:
+                self._delivering.release()
+
+    def _deliver(self, event: Event) -> None:
+        if isinstance(event, _STATE_CHANGES):
+            _log(event)
+        if self.listener is None:
+            return
+        try:
+            self.listener(event)
+        except Exception:
+            if not self._warned:
+                self._warned = True
+                logger.exception("dspy_resilient.listener_failed", extra={"client": event.client})
+
+
+def _log(event: Event) -> None:
+    name = type(event).__name__
+    snake = "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
+    facts: dict[str, Any] = {f.name: getattr(event, f.name) for f in fields(event)}
+    details = " ".join(f"{k}={v!r}" for k, v in facts.items() if k not in _BASE and v is not None)
+    level = (
+        logging.INFO if isinstance(event, (CircuitHalfOpened, CircuitClosed)) else logging.WARNING
+    )
+    logger.log(
+        level,
+        "dspy_resilient.%s client=%s target=%s %s",
+        snake,
+        event.client,
+        event.target,
+        details,
+        extra={"event": f"dspy_resilient.{snake}", "facts": facts},
+    )

@@ -1,0 +1,237 @@
+"""The queue before one target: who may send now, and when the next may.
+
+This module owns the queue. It never waits, and it has no timer and no thread: a caller that waits
+does so on its slot's future, for as long as `wait_time` says, and then polls. How many at once and
+how many per minute is for `bulkhead` and `rate` to say.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING
+
+from dspy_resilient.errors import LimitExceededError
+from dspy_resilient.limits.bulkhead import Bulkhead
+from dspy_resilient.limits.fork import renew_after_fork
+from dspy_resilient.limits.rate import TokenBucket
+from dspy_resilient.limits.slot import RESOLVED, Departure, Slot, State, pending
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from concurrent.futures import Future
+
+    from dspy_resilient.policies import LimitPolicy
+
+_ROUNDING = 1e-6
+"""Seconds by which sums of floats may make a turn look late that is not."""
+
+
+class Limiter:
+    """Admits attempts to one target in strict arrival order, within every limit of its policy.
+
+    Threads and any number of event loops may share one. A place that becomes free belongs to the
+    head of the queue before anybody else can ask, and nobody overtakes, not even a small request
+    a large one. Futures are resolved with no lock held. A forked child starts with an empty
+    limiter, in which the parent's slots count for nothing.
+    """
+
+    def __init__(
+        self,
+        policy: LimitPolicy,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        client: str = "",
+        target: str | None = None,
+    ) -> None:
+        """Start empty, with a full rate budget.
+
+        Args:
+            policy: What is allowed.
+            clock: Monotonic seconds.
+            client: Name of the client, for errors.
+            target: Label of the target, for errors.
+        """
+        self.policy = policy
+        self._clock = clock
+        self._client = client
+        self._target = target
+        self.renew()
+        renew_after_fork(self)
+
+    @property
+    def in_use(self) -> int:
+        """Attempts under way."""
+        return self._places.in_use
+
+    @property
+    def queued(self) -> int:
+        """Callers waiting for their turn."""
+        return len(self._queue)
+
+    @property
+    def limit(self) -> int | None:
+        """How many attempts may be under way at present, or None for any number."""
+        limit = self._places.limit
+        return None if math.isinf(limit) else int(limit)
+
+    def enter(self, tokens: int = 0) -> Slot:
+        """Return a slot: granted if its turn is now, else at the end of the queue.
+
+        Args:
+            tokens: Estimate of the tokens this attempt will use, prompt and answer together. An
+                attempt with more than the rate ever holds at once goes when the rate is full.
+
+        Raises:
+            LimitExceededError: The queue is full. Nothing was taken; `retry_after` is set where
+                the rate alone decides when there is room again.
+        """
+        slot = Slot(self, self._places, max(0, tokens))
+        refused = False
+        room_at = math.inf
+        with self._lock:
+            now = self._clock()
+            woken = self._advance(now)
+            if not self._queue and self._ready_at(slot) - now <= _ROUNDING:
+                self._grant(slot, State.GRANTED, now)
+            elif self.policy.max_queue is None or len(self._queue) < self.policy.max_queue:
+                slot.future = pending()
+                self._queue[slot] = None
+            else:
+                refused = True
+                room_at = self._ready_at(next(iter(self._queue), slot))
+        self._resolve(woken)
+        if refused:
+            raise self._full(None if math.isinf(room_at) else room_at - now)
+        return slot
+
+    def wait_time(self, slot: Slot) -> float:
+        """Answer `Slot.wait_time`."""
+        due = -math.inf
+        with self._lock:
+            now = self._clock()
+            if slot.state is State.QUEUED:
+                if next(iter(self._queue), None) is slot:
+                    slot.due = self._ready_at(slot)
+                due = slot.due
+        self._resolve(())
+        return due - now if due - now > _ROUNDING else 0.0
+
+    def poll(self, slot: Slot) -> bool:
+        """Answer `Slot.poll`."""
+        with self._lock:
+            woken = self._advance(self._clock())
+            if slot.state is State.OFFERED:
+                slot.state = State.GRANTED
+            elif slot.state is State.QUEUED and slot.future is RESOLVED:
+                slot.future = pending()
+        self._resolve(woken)
+        return slot.granted
+
+    def leave(self, departure: Departure) -> None:
+        """Perform `Slot.leave`: note it, and let whoever holds the lock apply it."""
+        self._departures.append(departure)
+        self._settle()
+
+    def renew(self) -> None:
+        """Start empty, with a full rate budget: what a forked child does."""
+        policy = self.policy
+        self._lock = threading.Lock()
+        self._places = Bulkhead(policy.max_concurrent, adaptive=policy.adaptive)
+        self._requests = None if policy.rpm is None else TokenBucket(policy.rpm)
+        self._tokens = None if policy.tpm is None else TokenBucket(policy.tpm)
+        self._queue: OrderedDict[Slot, None] = OrderedDict()
+        self._departures: deque[Departure] = deque()
+
+    def _ready_at(self, slot: Slot) -> float:
+        """Return from when `slot` may go once it is first; requires the lock."""
+        if not self._places.has_room:
+            return math.inf
+        ready = -math.inf if self._requests is None else self._requests.ready_at(1)
+        return ready if self._tokens is None else max(ready, self._tokens.ready_at(slot.tokens))
+
+    def _grant(self, slot: Slot, state: State, now: float) -> None:
+        """Give `slot` its place; requires the lock."""
+        slot.state = state
+        slot.begun = self._places.round
+        self._places.in_use += 1
+        self._charge(1, slot.tokens, now)
+
+    def _charge(self, requests: int, tokens: float, now: float) -> None:
+        """Charge the rates, or give back what is negative; requires the lock."""
+        if self._requests is not None:
+            self._requests.take(requests, now)
+        if self._tokens is not None:
+            self._tokens.take(tokens, now)
+
+    def _advance(self, now: float) -> list[Future[None]]:
+        """Offer places from the head of the queue on; requires the lock.
+
+        Returns:
+            The futures to resolve with the lock released: of everybody who was offered a place,
+            and of the new head if it may go sooner than it knows.
+        """
+        woken: list[Future[None]] = []
+        while self._queue:
+            head = next(iter(self._queue))
+            ready = self._ready_at(head)
+            if ready - now <= _ROUNDING:
+                del self._queue[head]
+                self._grant(head, State.OFFERED, now)
+            elif ready < head.due:
+                head.due = ready
+            else:
+                break
+            if head.future is not RESOLVED:
+                woken.append(head.future)
+                head.future = RESOLVED
+        return woken
+
+    def _depart(self, departure: Departure, now: float) -> None:
+        """Take a slot out of the queue or off its place; requires the lock."""
+        slot, used, sent, throttled, slow, ok = departure
+        state = slot.state
+        if state is State.LEFT or slot.places is not self._places:
+            return
+        slot.state = State.LEFT
+        if state is State.QUEUED:
+            del self._queue[slot]
+            return
+        self._places.in_use -= 1
+        if state is State.OFFERED or not sent:
+            self._charge(-1, -slot.tokens, now)
+            return
+        if used is not None and 0 <= used < math.inf:
+            self._charge(0, used - slot.tokens, now)
+        self._places.learn(slot.begun, throttled=throttled, slow=slow, ok=ok)
+
+    def _settle(self) -> None:
+        """Apply departures, unless the lock is taken: its holder comes here after releasing it."""
+        while self._departures and self._lock.acquire(blocking=False):
+            try:
+                now = self._clock()
+                while self._departures:
+                    self._depart(self._departures.popleft(), now)
+                woken = self._advance(now)
+            finally:
+                self._lock.release()
+            for future in woken:
+                future.set_result(None)
+
+    def _resolve(self, woken: Iterable[Future[None]]) -> None:
+        """Resolve `woken`, then apply the departures that found the lock taken."""
+        for future in woken:
+            future.set_result(None)
+        self._settle()
+
+    def _full(self, retry_after: float | None) -> LimitExceededError:
+        when = "" if retry_after is None else f"; there is room in {retry_after:.1f} s"
+        return LimitExceededError(
+            f"client {self._client!r}: {self._target or 'the target'} takes no more calls, "
+            f"{self.in_use} are under way and {self.queued} waiting "
+            f"(max_queue={self.policy.max_queue}){when}",
+            client=self._client,
+            retry_after=retry_after,
+        )

@@ -1,0 +1,544 @@
+"""`ResilientLM`: what DSPy sees.
+
+A `dspy.LM` whose public call methods go through `call.complete`. Everything else is inherited:
+this module adds construction, copies, saved state and the user's own methods, and leaves to
+`call.py` what happens to a call.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import uuid
+import warnings
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Self
+
+import dspy
+from dspy.utils.callback import with_callbacks
+
+from dspy_resilient import drive
+from dspy_resilient.cache import disk_folder, tenant_of
+from dspy_resilient.call import Call, Served, complete
+from dspy_resilient.events import CallFinished
+from dspy_resilient.fallbacks import build_fallbacks
+from dspy_resilient.observe.stats import Stats
+from dspy_resilient.options import UNSET, Options, build_options, check_call_options, refuse_missing
+from dspy_resilient.policies import CachePolicy
+from dspy_resilient.redact import strip_secrets
+from dspy_resilient.runtime import Runtime
+from dspy_resilient.saving import check_credentials, dump_options, load_options
+from dspy_resilient.target import (
+    Target,
+    called_by_adapter,
+    endpoint_of,
+    is_sending,
+    key_of,
+    setting,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from dspy_resilient.circuit import CircuitBreaker
+    from dspy_resilient.events import Listener
+    from dspy_resilient.policies import CircuitPolicy, LimitPolicy, RetryPolicy
+
+_STATE_KEY = "resilient"
+_ME = "ResilientLM"
+
+
+class ResilientLM(dspy.LM):
+    """A `dspy.LM` with a cache, a circuit breaker, retries, limits and fallbacks of its own.
+
+    Takes every argument of `dspy.LM`, in the same order and with the same meaning, and can be used
+    wherever one can. A new instance shares nothing with any other; `copy()` and `deepcopy()` are
+    the same client. Safe for threads, event loops and forks. A cancelled call leaves nothing
+    behind.
+
+    Args:
+        model: As for `dspy.LM`, e.g. "openai/gpt-4o-mini".
+        model_type: As for `dspy.LM`.
+        temperature: As for `dspy.LM`.
+        max_tokens: As for `dspy.LM`.
+        cache: True (default), False, or a `CachePolicy`. The attribute `cache` stays a bool.
+        callbacks: As for `dspy.LM`.
+        num_retries: As for `dspy.LM`: attempts after the first. Short for
+            `retry=RetryPolicy(max_attempts=num_retries + 1)`. Default 3.
+        provider: As for `dspy.LM`.
+        finetuning_model: As for `dspy.LM`.
+        launch_kwargs: As for `dspy.LM`.
+        train_kwargs: As for `dspy.LM`.
+        use_developer_role: As for `dspy.LM`.
+        engine: As for `dspy.LM`, but "litellm" by default ("auto" if `prompt_cache` is given).
+        async_engine: As for `dspy.LM`.
+        prompt_cache: As for `dspy.LM`.
+        name: Name in errors, events, logs and metrics. Default: the model.
+        circuit: True (default), False, a `CircuitPolicy`, or a `CircuitBreaker` to share.
+        max_wait: Seconds a call may wait for an open circuit. 0 fails fast; default 15.
+        retry: A `RetryPolicy`.
+        limits: A `LimitPolicy`, or an int: the most attempts at a time. Default None: no limit.
+        fallbacks: Where a call goes when the primary cannot answer, in order: model names,
+            `dspy.LM`s, `ResilientLM`s, or dicts of `dspy.LM` arguments.
+        deadline: Seconds for the whole call, waits and retries included. Default None: no limit.
+        on_event: Called with every event (see `events`), in order; its errors are logged once.
+        **kwargs: Provider settings, as for `dspy.LM`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range; the message names it, the value and the range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        model_type: str = "chat",
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        cache: bool | CachePolicy = True,
+        callbacks: list[Any] | None = None,
+        num_retries: int = UNSET,
+        provider: Any = None,
+        finetuning_model: str | None = None,
+        launch_kwargs: dict[str, Any] | None = None,
+        train_kwargs: dict[str, Any] | None = None,
+        use_developer_role: bool = False,
+        engine: Any = UNSET,
+        async_engine: Any = None,
+        prompt_cache: Any = None,
+        *,
+        name: str | None = None,
+        circuit: bool | CircuitPolicy | CircuitBreaker = True,
+        max_wait: float = 15.0,
+        retry: RetryPolicy | None = None,
+        limits: LimitPolicy | int | None = None,
+        fallbacks: Sequence[str | dict[str, Any] | dspy.BaseLM] = (),
+        deadline: float | None = None,
+        on_event: Listener | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refuse_missing(kwargs)
+        _refuse_stream(kwargs)
+        check_call_options(max_wait=max_wait, deadline=deadline)
+        options = build_options(
+            model=model,
+            name=name,
+            cache=cache,
+            circuit=circuit,
+            retry=retry,
+            num_retries=num_retries,
+            limits=limits,
+            on_event=on_event,
+        )
+        if engine is UNSET:
+            engine = "litellm" if prompt_cache is None else "auto"
+        super().__init__(
+            model=model,
+            model_type=model_type,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            cache=cache is not False,
+            callbacks=callbacks,
+            num_retries=options.retry.max_attempts - 1,
+            provider=provider,
+            finetuning_model=finetuning_model,
+            launch_kwargs=launch_kwargs,
+            train_kwargs=train_kwargs,
+            use_developer_role=use_developer_role,
+            engine=engine,
+            async_engine=async_engine,
+            prompt_cache=prompt_cache,
+            **kwargs,
+        )
+        self.max_wait = max_wait
+        self.deadline = deadline
+        self._given_name = name
+        self._dropped: tuple[str, ...] = ()
+        self._start(options, fallbacks)
+
+    def _start(self, options: Options, fallbacks: Sequence[Any]) -> None:
+        """Make the shared part: empty cache, closed circuits."""
+        self._runtime = Runtime(options, folder=self._folder(options.cache))
+        self._primary = Target(self, self._runtime.routes, self._runtime, dspy.LM, self.history)
+        self._fallbacks = build_fallbacks(self, self._runtime, fallbacks)
+
+    def _folder(self, policy: CachePolicy) -> Callable[[], str | None]:
+        """Return what finds the folder of this client's answers when it is first needed."""
+        configuration = {
+            "name": self._given_name,
+            "model": self.model,
+            "model_type": self.model_type,
+            "endpoint": endpoint_of(self, {}),
+            "tenant": policy.tenant or tenant_of(setting("api_key", self, {})),
+        }
+        return functools.partial(disk_folder, policy, **configuration)
+
+    # The call
+
+    @with_callbacks
+    def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """Answer as `dspy.LM` does, from the cache, an identical call under way, or a target.
+
+        Blocks this thread. Takes `cache=`, `num_retries=`, `rollout_id=` and provider settings for
+        this one call.
+
+        Raises:
+            dspy.LMError: The provider's own error, or one of ours (see `dspy_resilient.errors`).
+        """
+        call = self._begin("__call__", prompt, messages, kwargs)
+        return self._run(call)
+
+    @with_callbacks
+    async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """Answer as `__call__` does, on the running event loop; cancelling leaves nothing behind."""
+        call = self._begin("acall", prompt, messages, kwargs)
+        return await self._arun(call)
+
+    def _run(self, call: Call) -> Any:
+        started = self._runtime.clock()
+        try:
+            served = drive.run(complete(call, self._runtime))
+        except BaseException as error:
+            self._finished(call, started, error=error)
+            raise
+        return self._hand_out(call, started, served)
+
+    async def _arun(self, call: Call) -> Any:
+        started = self._runtime.clock()
+        try:
+            served = await drive.arun(complete(call, self._runtime))
+        except BaseException as error:
+            self._finished(call, started, error=error)
+            raise
+        return self._hand_out(call, started, served)
+
+    def _begin(self, method: str, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Call:
+        """Take our own keywords out of a call, and find its key."""
+        _refuse_stream(kwargs)
+        cache, retries = kwargs.pop("cache", None), kwargs.pop("num_retries", self.num_retries)
+        check_call_options(num_retries=retries, cache=cache)
+        if messages is not None:
+            kwargs["messages"] = messages
+            if not called_by_adapter(self, messages):
+                _warn_messages()
+        if self._dropped:
+            check_credentials(self, self._dropped, kwargs)
+        args = () if prompt is None else (prompt,)
+        cached = self.cache if cache is None else cache
+        runtime = self._runtime
+        runtime.tally.add("calls")
+        return Call(
+            method=method,
+            args=args,
+            kwargs=kwargs,
+            key=key_of(self, args, kwargs, runtime.tenant) if cached else None,
+            targets=self._targets(),
+            streams=dspy.settings.send_stream is not None,
+            may_wait=not is_sending() and (method[0] == "a" or not drive.on_a_loop()),
+            max_attempts=retries + 1,
+            max_wait=self.max_wait,
+            budget=float("inf") if self.deadline is None else self.deadline,
+        )
+
+    def _targets(self) -> tuple[Target, ...]:
+        primary = self._primary
+        if primary.lm is not self or primary.history is not self.history:
+            primary = self._primary = dataclasses.replace(primary, lm=self, history=self.history)
+        if not self._fallbacks:
+            return (primary,)
+        others = (dataclasses.replace(each, history=self.history) for each in self._fallbacks)
+        return (primary, *others)
+
+    def lend_targets(self) -> tuple[Target, ...]:
+        """Return what another client may use as its fallbacks: targets, circuits, gates, limits."""
+        return self._targets()
+
+    def _hand_out(self, call: Call, started: float, served: Served) -> Any:
+        """Return the outputs of an answer; for a hit, write the history entry that DSPy would."""
+        answer = served.answer
+        if served.hit:
+            self._record_hit(call, served)
+        self._finished(call, started, hit=served.hit)
+        outputs = answer.fresh_outputs()
+        if not answer.key or served.hit or not isinstance(outputs, list):
+            return outputs
+        messages = call.kwargs.get("messages")
+        if not called_by_adapter(self, messages):
+            return outputs
+        return _OutputsForAdapter(outputs, lambda: self._runtime.cache.evict(answer.key))
+
+    def _record_hit(self, call: Call, served: Served) -> None:
+        self._runtime.tally.add("tokens_saved", served.answer.tokens)
+        if dspy.settings.disable_history:
+            return
+        record = served.answer.replayed_record()
+        if record is None:
+            return
+        request = next((arg for arg in call.args if isinstance(arg, dspy.lm15.Request)), None)
+        if request is not None:
+            record["request"] = request
+        entry = {
+            "prompt": call.args[0] if call.args and request is None else None,
+            "messages": call.kwargs.get("messages"),
+            "kwargs": {
+                k: v for k, v in call.kwargs.items() if not k.startswith("api_") and k != "messages"
+            },
+            **record,
+            "timestamp": datetime.now().isoformat(),  # noqa: DTZ005, TID251  # read by people, as DSPy writes it
+            "uuid": str(uuid.uuid4()),
+            "attempts": [],
+        }
+        if served.stale:
+            entry["stale"] = True
+        super().update_history(entry)
+
+    def _finished(
+        self, call: Call, started: float, *, hit: bool = False, error: BaseException | None = None
+    ) -> None:
+        runtime = self._runtime
+        if error is not None:
+            runtime.tally.add("errors")
+        if runtime.hub.listener is not None:
+            runtime.emit(
+                CallFinished,
+                seconds=runtime.clock() - started,
+                attempts=len(call.attempts),
+                cache_hit=hit,
+                error=type(error).__name__ if error is not None else None,
+            )
+
+    # Copies and saved state
+
+    def copy(self, **kwargs: Any) -> Self:
+        """Return a copy with other settings that is the same client: same circuit, cache, limits.
+
+        Raises:
+            TypeError: If `kwargs` names something that belongs to the client as a whole.
+        """
+        if owned := sorted(_OWNED & kwargs.keys()):
+            raise TypeError(
+                f"{_ME}.copy: {', '.join(owned)} belongs to the client that all copies share; build "
+                "a new ResilientLM instead"
+            )
+        own = ("max_wait", "deadline", "num_retries", "cache")
+        check_call_options(**{name: kwargs[name] for name in own if name in kwargs})
+        _refuse_stream(kwargs)
+        copied: Self = super().copy(**kwargs)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy that is the same client, with keywords of its own."""
+        twin: Self = copy.copy(self)
+        memo[id(self)] = twin
+        twin.kwargs = copy.deepcopy(self.kwargs, memo)
+        twin.callbacks = list(self.callbacks)
+        twin.history = list(self.history)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle may hold: no runtime, no credential, no callable."""
+        state: dict[str, Any] = super().__getstate__()
+        state["kwargs"], dropped = strip_secrets(self.kwargs)
+        state["_dropped"] = tuple(sorted({*self._dropped, *dropped}))
+        del state["_runtime"], state["_primary"], state["_fallbacks"]
+        state["history"] = []
+        state["callbacks"] = []
+        state[_STATE_KEY] = dump_options(self._runtime.options, self._given_name, self._fallbacks)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild from a pickle with an empty runtime."""
+        state = dict(state)
+        options = state.pop(_STATE_KEY)
+        super().__setstate__(state)
+        built = load_options(options)
+        name, fallbacks = built.pop("name"), built.pop("fallbacks")
+        circuit = built.pop("circuit") or None
+        self._start(Options(name=name or self.model, circuit=circuit, **built), fallbacks)
+
+    def dump_state(self) -> dict[str, Any]:
+        """Return JSON-ready state that rebuilds this client, with no credential in it."""
+        state, dropped = strip_secrets(super().dump_state())
+        _, also = strip_secrets(self.kwargs)
+        options = dump_options(self._runtime.options, self._given_name, self._fallbacks)
+        options["dropped"] = sorted({*self._dropped, *dropped, *also})
+        state[_STATE_KEY] = {**options, "max_wait": self.max_wait, "deadline": self.deadline}
+        return dict(state)
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> Self:
+        """Rebuild a client from `dump_state()`: same policies, empty runtime.
+
+        Credentials were never saved; they are read from the environment when the first call is
+        sent, and LMConfigurationError then names what is missing.
+        """
+        state = dict(state)
+        options = dict(state.pop(_STATE_KEY, {}))
+        dropped = options.pop("dropped", [])
+        cached = state.pop("cache", True)
+        built = load_options(options) if options else {}
+        lm: Self = super().load_state(
+            {**state, **built}, allow_custom_lm_class=allow_custom_lm_class
+        )
+        lm.cache = cached
+        lm._dropped = tuple(dropped)
+        return lm
+
+    # What the fallbacks can do too
+
+    @property
+    def supports_function_calling(self) -> bool:
+        """Whether the model and every fallback support tools."""
+        return super().supports_function_calling and all(
+            each.lm.supports_function_calling for each in self._fallbacks
+        )
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether the model and every fallback support native reasoning."""
+        return super().supports_reasoning and all(
+            each.lm.supports_reasoning for each in self._fallbacks
+        )
+
+    @property
+    def supports_response_schema(self) -> bool:
+        """Whether the model and every fallback support structured output."""
+        return super().supports_response_schema and all(
+            each.lm.supports_response_schema for each in self._fallbacks
+        )
+
+    @property
+    def supported_params(self) -> set[str]:
+        """Names of the parameters that the model and every fallback take."""
+        params: set[str] = super().supported_params
+        return params.intersection(*(each.lm.supported_params for each in self._fallbacks))
+
+    # The client
+
+    @property
+    def name(self) -> str:
+        """The client's name."""
+        return self._runtime.name
+
+    @property
+    def cache_policy(self) -> CachePolicy:
+        """What is remembered, and for how long."""
+        return self._runtime.options.cache
+
+    @property
+    def circuit(self) -> CircuitBreaker | None:
+        """The circuit of the primary, or None with `circuit=False`."""
+        return self._runtime.routes.find(self, {}).circuit
+
+    @property
+    def circuits(self) -> dict[str, CircuitBreaker]:
+        """Every circuit of this client, by the label of its target."""
+        routes = [each.routes.find(each.lm, {}) for each in self._targets()]
+        routes += self._runtime.all_routes()
+        return {route.label: route.circuit for route in routes if route.circuit is not None}
+
+    def stats(self) -> Stats:
+        """Return what this client has done so far."""
+        return self._runtime.stats()
+
+    def explain(self) -> str:
+        """Return, for a person, what state the client is in, why, since when and until when."""
+        return self._runtime.explain([each.routes.find(each.lm, {}) for each in self._targets()])
+
+    def clear_cache(self) -> None:
+        """Forget every cached answer of this client."""
+        self._runtime.cache.clear()
+
+    def reset(self) -> None:
+        """Close the circuits, open the gates, and set the numbers to zero; the cache stays."""
+        self._runtime.reset()
+
+    def close(self) -> None:
+        """Refuse further calls and release what this client owns; copies are the same client."""
+        self._runtime.close()
+        super().close()
+
+    async def aclose(self) -> None:
+        """Do as `close` does, and close this event loop's connections too."""
+        self._runtime.close()
+        await super().aclose()
+
+    def __enter__(self) -> Self:
+        """Return the client; it is closed at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the client."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        """Return the client; it is closed at the end of the block."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the client."""
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        """Return name, model and state; no setting that could hold a secret."""
+        circuit = self.circuit
+        state = circuit.state if circuit is not None else "no circuit"
+        return f"{type(self).__name__}({self.model!r}, name={self.name!r}, circuit={str(state)!r})"
+
+    def update_history(self, entry: dict[str, Any]) -> None:
+        """Record a call that DSPy made past us, and say so once: no policy applied to it (R3)."""
+        if not self._runtime.warned:
+            self._runtime.warned = True
+            warnings.warn(
+                f"{_ME} {self.name!r}: DSPy made a call through a method that this version does not "
+                "know; cache, circuit and retries did not apply to it",
+                stacklevel=2,
+            )
+        super().update_history(entry)
+
+
+# What `dspy.LM` cannot be asked to copy, because it belongs to the whole client.
+_OWNED = {"name", "circuit", "retry", "limits", "fallbacks", "on_event", "cache_policy"}
+
+
+class _OutputsForAdapter(list[Any]):
+    """Outputs on their way to one of DSPy's adapters.
+
+    An adapter parses them in a loop. A loop that an error leaves drops its iterator before the
+    end, and so the answer that could not be parsed is forgotten (R42): no callback is installed,
+    and a cached answer costs nothing.
+    """
+
+    def __init__(self, outputs: list[Any], evict: Any) -> None:
+        super().__init__(outputs)
+        self._evict = evict
+
+    def __iter__(self) -> Iterator[Any]:
+        parsed = False
+        try:
+            yield from super().__iter__()
+            parsed = True
+        finally:
+            if not parsed:
+                self._evict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(super().__iter__()),)
+
+
+def _refuse_stream(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("stream"):
+        raise dspy.LMUnsupportedFeatureError(
+            "stream=True is not a setting of an LM call; wrap the program with dspy.streamify",
+            features=["stream"],
+        )
+
+
+def _warn_messages() -> None:
+    warnings.warn(
+        "messages= dictionaries are deprecated in DSPy 3.4 and removed in 3.5; pass a "
+        "dspy.lm15.Request, or a prompt",
+        DeprecationWarning,
+        stacklevel=5,
+    )

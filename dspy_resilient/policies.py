@@ -1,0 +1,249 @@
+"""The options of a client, as values.
+
+Frozen, keyword-only, validated when built, equal when equal, and with a repr that can be pasted
+back; `dataclasses.replace` varies one. Zero and None are answers, not absences. Times are float
+seconds. This module decides nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+
+def number(
+    owner: str,
+    name: str,
+    value: object,
+    *,
+    low: float = 0.0,
+    above: bool = False,
+    high: float = math.inf,
+    whole: bool = False,
+    optional: bool = False,
+) -> None:
+    """Raise TypeError or ValueError unless `value` is a number within the range.
+
+    Args:
+        owner: Who takes the argument, for the message.
+        name: The argument's name.
+        value: What was given.
+        low: Smallest allowed value (exclusive if `above`).
+        above: Whether `low` itself is refused.
+        high: Largest allowed value.
+        whole: Whether it must be an int.
+        optional: Whether None is allowed.
+    """
+    if value is None and optional:
+        return
+    edge = "greater than" if above else "at least"
+    allowed = f"{'a whole number' if whole else 'a number'} {edge} {low:g}"
+    allowed += f" and at most {high:g}" if high != math.inf else ""
+    allowed += ", or None" if optional else ""
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{owner}: {name} must be {allowed}; got {value!r}")
+    if not math.isfinite(value) or value < low or (above and value <= low) or value > high:
+        raise ValueError(f"{owner}: {name} must be {allowed}; got {value!r}")
+
+
+def one_of(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if not any(
+        value is choice or (type(value) is type(choice) and value == choice) for choice in allowed
+    ):
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"{owner}: {name} must be one of {choices}; got {value!r}")
+
+
+def text(owner: str, name: str, value: object) -> None:
+    """Raise TypeError or ValueError unless `value` is a non-empty str or None; never show it."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(
+            f"{owner}: {name} must be a non-empty str or None; got a {type(value).__name__}"
+        )
+    if value == "":
+        raise ValueError(f"{owner}: {name} must be a non-empty str or None; got ''")
+
+
+class _Policy:
+    """State round trip shared by the policies: plain JSON in, plain JSON out."""
+
+    def dump(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values; callables are left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
+        return {name: value for name, value in values.items() if not callable(value)}
+
+    @classmethod
+    def load(cls, state: dict[str, Any]) -> Self:
+        """Rebuild a policy from `dump()`."""
+        return cls(**state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitPolicy(_Policy):
+    """When a circuit opens, how long it stays open, and what closes it again.
+
+    Attributes:
+        failure_threshold: Consecutive failures that open it. At least 1; default 5.
+        window: Seconds over which the rates are taken. Above 0; default 60.
+        min_calls: Verdicts needed in the window before a rate counts. At least 1; default 10.
+        failure_rate: Share of failures in the window that opens it. Above 0, at most 1; default 0.5.
+        slow_call: Seconds from which a success counts as slow, or None (default) for never.
+        slow_rate: Share of slow calls in the window that opens it. Above 0, at most 1; default 0.8.
+        recovery_time: Seconds it stays open the first time. Above 0; default 5.
+        backoff: Factor on the open time for each opening in a row. At least 1; default 2.
+        max_recovery_time: Longest open time in seconds. At least `recovery_time`; default 300.
+        jitter: Share by which the open time varies at random. 0 to below 1; default 0.2.
+        probes: Calls let through at a time while half-open. At least 1; default 1.
+        successes_to_close: Successful probes that close it. At least 1; default 2.
+        probe_lease: Seconds after which a silent probe gives up its place. Above 0; default 60.
+        mode: "enforce" (default), or "observe": count and report, but never refuse.
+        listen: "own" (default) learns from this client's calls only; "provider" also from every
+            other LiteLLM call of the process to the same provider and endpoint.
+    """
+
+    failure_threshold: int = 5
+    window: float = 60.0
+    min_calls: int = 10
+    failure_rate: float = 0.5
+    slow_call: float | None = None
+    slow_rate: float = 0.8
+    recovery_time: float = 5.0
+    backoff: float = 2.0
+    max_recovery_time: float = 300.0
+    jitter: float = 0.2
+    probes: int = 1
+    successes_to_close: int = 2
+    probe_lease: float = 60.0
+    mode: Literal["enforce", "observe"] = "enforce"
+    listen: Literal["own", "provider"] = "own"
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        me = "CircuitPolicy"
+        for name in ("failure_threshold", "min_calls", "probes", "successes_to_close"):
+            number(me, name, getattr(self, name), low=1, whole=True)
+        for name in ("window", "recovery_time", "probe_lease"):
+            number(me, name, getattr(self, name), above=True)
+        for name in ("failure_rate", "slow_rate"):
+            number(me, name, getattr(self, name), above=True, high=1.0)
+        number(me, "slow_call", self.slow_call, above=True, optional=True)
+        number(me, "backoff", self.backoff, low=1.0)
+        number(me, "max_recovery_time", self.max_recovery_time, low=self.recovery_time)
+        number(me, "jitter", self.jitter, high=0.99)
+        one_of(me, "mode", self.mode, ("enforce", "observe"))
+        one_of(me, "listen", self.listen, ("own", "provider"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePolicy(_Policy):
+    """What is remembered, for how long, and how much of it.
+
+    Attributes:
+        max_entries: Answers kept in memory. At least 1; default 10,000.
+        max_bytes: Bytes kept in memory, by estimate, or None (default) for no bound.
+        ttl: Seconds an answer stays fresh, or None (default) for ever.
+        stale_if_error: Seconds past `ttl` during which an expired answer may still be served while
+            the circuit is open or the attempts failed. None (default): never.
+        store_if: Called with the history entry of an answer that could be stored; its verdict
+            replaces the built-in rule (complete and usable answers only). None (default).
+        coalesce_max_age: Seconds behind which an identical call no longer waits for one that is
+            under way, but sends its own. At least 0; default 60.
+        disk: Where answers outlive the process: "auto" (default: where DSPy keeps its own disk
+            cache, if that is on), a folder, or None for nowhere.
+        disk_bytes: Bytes kept on disk. Above 0; default 1 GiB.
+        tenant: Name that separates answers of different users of one client; None (default)
+            separates by a hash of the API key.
+    """
+
+    max_entries: int = 10_000
+    max_bytes: int | None = None
+    ttl: float | None = None
+    stale_if_error: float | None = None
+    store_if: Callable[[dict[str, Any]], bool] | None = None
+    coalesce_max_age: float = 60.0
+    disk: str | None = "auto"
+    disk_bytes: int = 2**30
+    tenant: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        me = "CachePolicy"
+        number(me, "max_entries", self.max_entries, low=1, whole=True)
+        number(me, "max_bytes", self.max_bytes, low=1, whole=True, optional=True)
+        number(me, "ttl", self.ttl, above=True, optional=True)
+        number(me, "stale_if_error", self.stale_if_error, above=True, optional=True)
+        number(me, "coalesce_max_age", self.coalesce_max_age)
+        number(me, "disk_bytes", self.disk_bytes, low=2**20, whole=True)
+        if self.store_if is not None and not callable(self.store_if):
+            raise TypeError(f"{me}: store_if must be callable or None; got {self.store_if!r}")
+        text(me, "disk", self.disk)
+        text(me, "tenant", self.tenant)
+        if self.stale_if_error is not None and self.ttl is None:
+            raise ValueError(
+                f"{me}: stale_if_error={self.stale_if_error!r} needs a ttl; without one nothing expires"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy(_Policy):
+    """How often a failed attempt is repeated, and how patiently.
+
+    The n-th wait is drawn evenly from 0 to min(cap, base * 2**n) seconds ("full jitter").
+
+    Attributes:
+        max_attempts: Attempts per target, the first included. At least 1; default 4.
+        base: Longest first wait in seconds. At least 0; default 2.
+        cap: Longest wait in seconds. At least 0; default 30.
+        max_retry_after: Longest pause asked for by a provider that is waited for, in seconds.
+            At least 0; default 60.
+        budget: Retry tokens per circuit; a retry costs 14, a clean success returns 1, and without
+            tokens nothing is retried. At least 0; default 500.
+    """
+
+    max_attempts: int = 4
+    base: float = 2.0
+    cap: float = 30.0
+    max_retry_after: float = 60.0
+    budget: int = 500
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        me = "RetryPolicy"
+        number(me, "max_attempts", self.max_attempts, low=1, whole=True)
+        number(me, "base", self.base)
+        number(me, "cap", self.cap)
+        number(me, "max_retry_after", self.max_retry_after)
+        number(me, "budget", self.budget, whole=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitPolicy(_Policy):
+    """How much is sent to one target at a time and per minute.
+
+    Attributes:
+        max_concurrent: Attempts under way at once, or None (default) for no limit. At least 1.
+        max_queue: Calls that may wait for a place, or None (default) for no limit. At least 0.
+        rpm: Attempts per minute, or None (default). Above 0.
+        tpm: Tokens per minute, prompt and answer together, or None (default). Above 0.
+        adaptive: Whether the concurrency limit adapts: halved on a 429, lowered on slow answers,
+            raised by one for each limit-full of clean ones. Default False.
+    """
+
+    max_concurrent: int | None = None
+    max_queue: int | None = None
+    rpm: float | None = None
+    tpm: float | None = None
+    adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        me = "LimitPolicy"
+        number(me, "max_concurrent", self.max_concurrent, low=1, whole=True, optional=True)
+        number(me, "max_queue", self.max_queue, low=0, whole=True, optional=True)
+        number(me, "rpm", self.rpm, above=True, optional=True)
+        number(me, "tpm", self.tpm, above=True, optional=True)
+        one_of(me, "adaptive", self.adaptive, (True, False))

@@ -1,0 +1,25 @@
+"""The way to the providers, as far as it leads through LiteLLM."""
+
+from dspy_resilient.providers.evidence import Evidence
+from dspy_resilient.providers.observer import (
+    Sighting,
+    ensure_registered,
+    load,
+    loaded,
+    observe,
+    subscribe,
+    unregister,
+    watch,
+)
+
+__all__ = [
+    "Evidence",
+    "Sighting",
+    "ensure_registered",
+    "load",
+    "loaded",
+    "observe",
+    "subscribe",
+    "unregister",
+    "watch",
+]

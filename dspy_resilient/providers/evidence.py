@@ -1,0 +1,81 @@
+"""What one of LiteLLM's events tells, in a few plain facts.
+
+An event holds the live state of a call, API key and prompt included; this module takes out what
+is needed and keeps nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+TAG = "dspy_resilient"  # in a call's metadata; LiteLLM's own fallbacks change the id, but not this
+
+_ALIASES = {"text-completion-openai": "openai", "ollama_chat": "ollama", "azure_text": "azure"}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What LiteLLM told about one request.
+
+    Attributes:
+        error: What the caller will catch, or its cause where a stream broke; None for a success.
+        handed_off: Whether the request was handed to a provider; None if nobody knows.
+        provider: LiteLLM's name of the provider, aliases folded, or None.
+        endpoint: scheme://host[:port]/path, without query and credentials, or None.
+        seconds: How long the request took, by LiteLLM's clock.
+    """
+
+    error: BaseException | None
+    handed_off: bool | None
+    provider: str | None
+    endpoint: str | None
+    seconds: float = 0.0
+
+
+def read_event(kwargs: dict[str, Any], start: Any, end: Any) -> Evidence:
+    """Return the evidence in the event that LiteLLM describes by `kwargs` and two datetimes."""
+    error = kwargs.get("exception")
+    provider = kwargs.get("custom_llm_provider")
+    try:
+        seconds = float((end - start).total_seconds())
+    except (TypeError, AttributeError):
+        seconds = 0.0
+    return Evidence(
+        error=error if isinstance(error, BaseException) else None,
+        handed_off=kwargs.get("api_call_start_time") is not None,
+        provider=provider_name(provider) if isinstance(provider, str) else None,
+        endpoint=endpoint_name((kwargs.get("litellm_params") or {}).get("api_base")),
+        seconds=seconds,
+    )
+
+
+def call_ids(kwargs: dict[str, Any]) -> Iterator[str]:
+    """Yield what the call of an event may be known by, the most certain first."""
+    if isinstance(call_id := kwargs.get("litellm_call_id"), str):
+        yield call_id
+    params = kwargs.get("litellm_params") or {}
+    for name in ("litellm_metadata", "metadata"):
+        metadata = params.get(name)
+        if isinstance(metadata, dict) and isinstance(call_id := metadata.get(TAG), str):
+            yield call_id
+
+
+def provider_name(name: str) -> str:
+    """Return the one name of a provider that LiteLLM knows by several."""
+    return _ALIASES.get(name, name)
+
+
+def endpoint_name(url: object) -> str | None:
+    """Return scheme, host, port and path of `url`; None if it is none."""
+    try:
+        parts = urlsplit(str(url or ""))
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if not host:
+        return None
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path}".rstrip("/")

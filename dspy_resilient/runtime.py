@@ -1,0 +1,156 @@
+"""What the copies of one `ResilientLM` share: cache, flights, routes, events and numbers.
+
+A rollout, a `copy()` and a `deepcopy()` are the same client and so share one `Runtime`; a new
+`ResilientLM` has one of its own and shares nothing. Pickling keeps the policies only: what comes
+back is an empty runtime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+from dspy_resilient import providers
+from dspy_resilient.cache import Flights, ResponseCache, usable
+from dspy_resilient.circuit import CircuitBreaker, ThrottleGate
+from dspy_resilient.events import Event, Hub, logger
+from dspy_resilient.observe.stats import Stats, Tally
+from dspy_resilient.target import Routes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dspy_resilient.cache import Answer
+    from dspy_resilient.options import Options
+    from dspy_resilient.target import Route
+
+
+class Runtime:
+    """The shared part of a client; safe for threads and event loops."""
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        folder: Callable[[], str | None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.options = options
+        self.name = options.name
+        self.retry = options.retry
+        self.limits = options.limits
+        self.tenant = options.cache.tenant
+        self.clock = clock
+        self.random = random.random
+        self.closed = False
+        self.warned = False
+        self.hub = Hub(options.on_event)
+        self.tally = Tally()
+        self.flights = Flights(clock=clock, max_age=options.cache.coalesce_max_age)
+        self.cache = ResponseCache(options.cache, clock=clock, folder=folder)
+        shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
+        self.circuit_policy = shared.policy if shared is not None else options.circuit
+        self.routes = Routes(self, shared)
+        self.fallback_routes = Routes(self)
+
+    def ready(self) -> bool:
+        """Whether the next attempt can be sent at once."""
+        return providers.loaded()
+
+    def new_circuit(self, label: str, **changes: Any) -> CircuitBreaker:
+        """Return a circuit of this client's policy for the place called `label`."""
+        policy = dataclasses.replace(self.options.circuit, **changes)  # type: ignore[type-var]  # never None here
+        return CircuitBreaker(
+            policy,
+            name=f"{self.name}: {label}",
+            target=label,
+            clock=self.clock,
+            random=self.random,
+            listener=self.hub.emit,
+            client=self.name,
+        )
+
+    def new_gate(self, label: str) -> ThrottleGate:
+        """Return an open throttle gate for the place called `label`."""
+        return ThrottleGate(
+            max_retry_after=self.retry.max_retry_after,
+            clock=self.clock,
+            random=self.random,
+            listener=self.hub.emit,
+            client=self.name,
+            target=label,
+        )
+
+    def emit(self, kind: type[Event], target: str | None = None, **facts: Any) -> None:
+        """Tell the listener and the log that something happened."""
+        if self.hub.wants(kind):
+            self.hub.emit(kind(client=self.name, at=self.clock(), target=target, **facts))
+
+    def backoff(self, failures: int) -> float:
+        """Return the wait after the given number of earlier failures: full jitter (R50)."""
+        return self.random() * min(self.retry.cap, self.retry.base * 2**failures)
+
+    def store(self, key: str | None, answer: Answer) -> None:
+        """Keep `answer` under `key` if it may be stored (R42)."""
+        if key is None:
+            return
+        store_if = self.options.cache.store_if
+        if store_if is None:
+            reason = usable(answer)
+        else:
+            reason = None if self._ask(store_if, answer) else "store_if"
+        if reason is None:
+            self.cache.put(key, answer)
+        else:
+            self.tally.add(f"skipped:{reason}")
+
+    def _ask(self, store_if: Callable[[dict[str, Any]], bool], answer: Answer) -> bool:
+        try:
+            return bool(store_if(answer.record or {"outputs": answer.outputs}))
+        except Exception:  # noqa: BLE001  # a user's rule must not fail the call
+            logger.exception("dspy_resilient.store_if_failed", extra={"client": self.name})
+            return False
+
+    def all_routes(self) -> list[Route]:
+        """Return every route that has been used."""
+        return [*self.routes.all(), *self.fallback_routes.all()]
+
+    def reset(self) -> None:
+        """Close every circuit, open every gate, and count from zero."""
+        self.routes.reset()
+        self.fallback_routes.reset()
+        self.tally.clear()
+
+    def close(self) -> None:
+        """Refuse further calls and release the cache."""
+        self.closed = True
+        self.cache.close()
+
+    def stats(self) -> Stats:
+        """Return the totals so far."""
+        counts, cache = self.tally.counts(), self.cache.numbers()
+        skipped = {
+            name.partition(":")[2]: count
+            for name, count in counts.items()
+            if name.startswith("skipped:")
+        }
+        totals = {f.name: counts[f.name] for f in dataclasses.fields(Stats) if f.name in counts}
+        return Stats(
+            client=self.name,
+            **totals,
+            hits=cache.hits,
+            stale=cache.stale,
+            stored=cache.stored,
+            evicted=cache.evicted,
+            skipped=skipped | cache.skipped,
+        )
+
+    def explain(self, routes: list[Route]) -> str:
+        """Return one paragraph about the given routes."""
+        return "\n".join(f"{self.name}: {route.explain()}" for route in routes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        """Return this very runtime: a copy of a client is the same client (R6)."""
+        return self

@@ -1,0 +1,85 @@
+"""What every test stands on: no network but loopback, dummy keys, DSPy's own cache untouched."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+os.environ["LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS"] = "True"
+os.environ["HF_HUB_OFFLINE"] = "1"
+for provider in ("OPENAI", "ANTHROPIC", "GROQ", "GEMINI"):
+    os.environ[f"{provider}_API_KEY"] = "dummy-key-for-tests"
+
+import dspy
+import hypothesis
+import pytest
+
+from dspy_resilient import ResilientLM
+from dspy_resilient.testing import Provider
+
+hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
+hypothesis.settings.register_profile(
+    "ci",
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_disk_cache(tmp_path_factory):
+    """Keep every cache of the run in a folder of its own, and DSPy's off the disk."""
+    os.environ["DSPY_CACHEDIR"] = str(tmp_path_factory.mktemp("dspy-cache"))
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
+
+
+@pytest.fixture(autouse=True)
+def _dspy_cache_untouched():
+    """Nothing of ours goes through DSPy's global cache; what a test of plain DSPy puts there goes."""
+    yield
+    dspy.cache.reset_memory_cache()
+
+
+@pytest.fixture
+def provider():
+    """A local provider that answers "Paris" until told otherwise."""
+    with Provider("Paris") as running:
+        yield running
+
+
+@pytest.fixture
+def make(provider):
+    """Build a `ResilientLM` that talks to the local provider; closed at the end of the test."""
+    made = []
+
+    def build(model="openai/test", **options):
+        options = {"api_base": provider.api_base, "api_key": "dummy-key-for-tests", **options}
+        lm = ResilientLM(model, **options)
+        made.append(lm)
+        return lm
+
+    yield build
+    for lm in made:
+        lm.close()
+
+
+@pytest.fixture
+def plain(provider):
+    """Build the plain `dspy.LM` that a `ResilientLM` is compared with."""
+
+    def build(model="openai/test", **options):
+        options = {"api_base": provider.api_base, "api_key": "dummy-key-for-tests", **options}
+        return dspy.LM(model, **{"engine": "litellm", **options})
+
+    return build
+
+
+@pytest.fixture(params=["sync", "async"])
+def ask(request):
+    """Make one call through the sync and through the async driver: `ask(lm, "prompt", **options)`."""
+    if request.param == "sync":
+        return lambda lm, *args, **kwargs: lm(*args, **kwargs)
+    return lambda lm, *args, **kwargs: asyncio.run(lm.acall(*args, **kwargs))
