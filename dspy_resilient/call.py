@@ -14,7 +14,7 @@ import math
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from dspy_resilient.cache import Failed, Landed, Waiter
 from dspy_resilient.circuit import Kind
@@ -38,11 +38,13 @@ from dspy_resilient.events import (
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer, Lead
     from dspy_resilient.circuit import CircuitBreaker, GatePass, ThrottleGate, Verdict
     from dspy_resilient.limits import Slot
+    from dspy_resilient.route import Route
     from dspy_resilient.runtime import Runtime
-    from dspy_resilient.target import Attempt, Route, Target
+    from dspy_resilient.target import Target
 
 T = TypeVar("T")
 
@@ -60,7 +62,8 @@ class Prepare:
     """Step: do what the first attempt of a process needs (import LiteLLM), off every clock."""
 
 
-Steps = Generator["Wait | Prepare | Attempt", Any, T] if TYPE_CHECKING else list
+if TYPE_CHECKING:
+    Steps: TypeAlias = Generator[Wait | Prepare | Attempt, Any, T]
 
 
 class AttemptSummary(NamedTuple):
@@ -143,7 +146,7 @@ def complete(call: Call, client: Runtime) -> Steps[Served]:
     if call.key is not None and (hit := client.cache.get(call.key)) is not None:
         _announce_hit(client, hit)
         return Served(hit, hit=True)
-    if not client.ready():
+    if any(target.needs_litellm for target in call.targets) and not client.ready():
         yield Prepare()
     call.deadline = client.clock() + call.budget
     try:
@@ -282,7 +285,7 @@ def _nobody_answered(client: Runtime, turns: list[_Turn]) -> Exception:
 
 def _outwait(call: Call, client: Runtime, blocked: list[Route]) -> Steps[bool]:
     """Wait until the first of the open circuits may be asked again; False if it takes too long."""
-    route = min(blocked, key=lambda each: each.wait_time())
+    route = blocked[0] if len(blocked) == 1 else min(blocked, key=lambda each: each.wait_time())
     now, wait = client.clock(), route.wait_time()
     if not call.has_patience(now, wait):
         return False
@@ -306,17 +309,11 @@ def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[A
     target = turn.target
     route = target.route(call)
     while True:
-        passage = yield from _pass_gate(call, client, route)
-        slot = yield from _take_slot(call, client, target, route, passage)
-        admission = route.admit()
-        if admission is None:
-            _release(passage, slot)
-            raise _rejected(client, route, route.rejection())
-        attempt = target.attempt(call, route, admission, passage, slot)
+        attempt = yield from _clear_the_way(call, client, target, route)
         if lead is not None:
             lead.sent()
         try:
-            answer = yield attempt
+            answer: Answer = yield attempt
         except BaseException as error:
             verdict = attempt.settle(error)
             if not isinstance(error, Exception):
@@ -335,9 +332,20 @@ def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[A
         if verdict.kind is Kind.THROTTLED:
             _check_throttle(call, client, route, failure)
         else:
-            if not (admission.probe and call.has_patience(client.clock(), 0.0)):
+            if not (attempt.probe and call.has_patience(client.clock(), 0.0)):
                 turn.used += 1
             yield Wait(None, _pause(call, client, turn, route, failure))
+
+
+def _clear_the_way(call: Call, client: Runtime, target: Target, route: Route) -> Steps[Attempt]:
+    """Gate, then limits, then circuit: what waits comes first, so that no permit waits (R11)."""
+    passage = yield from _pass_gate(call, client, route)
+    slot = yield from _take_slot(call, client, target, route, passage)
+    admission = route.admit()
+    if admission is None:
+        _release(passage, slot)
+        raise _rejected(client, route, route.rejection())
+    return target.attempt(call, route, admission, passage, slot)
 
 
 def _note_failure(
@@ -430,7 +438,7 @@ def _take_slot(
         slot = route.limiter.enter(target.estimate(call))
     except CallRejectedError as error:
         passage.release()
-        raise _rejected(client, target, error) from None
+        raise _rejected(client, route, error) from None
     try:
         while not slot.granted:
             yield Wait(slot.future, min(slot.wait_time(), call.left(client.clock())))
@@ -448,9 +456,7 @@ def _release(passage: GatePass, slot: Slot | None) -> None:
         slot.leave(tokens=0)
 
 
-def _rejected(
-    client: Runtime, target: Target | Route, error: CallRejectedError
-) -> CallRejectedError:
+def _rejected(client: Runtime, target: Route, error: CallRejectedError) -> CallRejectedError:
     client.tally.add("rejected")
     if client.hub.listener is not None:
         client.emit(

@@ -19,9 +19,9 @@ from dspy_resilient import providers
 from dspy_resilient.call import Prepare, Wait
 
 if TYPE_CHECKING:
+    from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer
     from dspy_resilient.call import Steps
-    from dspy_resilient.target import Attempt
 
 T = TypeVar("T")
 
@@ -124,8 +124,9 @@ async def _await(step: Wait) -> Any:
 
 async def _attempt_within(attempt: Attempt) -> Answer:
     """Run `attempt` under its time limit; past it the attempt is cancelled."""
+    limit = asyncio.timeout(attempt.limit)
     try:
-        async with asyncio.timeout(attempt.limit) as limit:
+        async with limit:
             return await attempt.arun()
     except TimeoutError:
         if limit.expired():

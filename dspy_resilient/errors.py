@@ -69,11 +69,13 @@ class CircuitOpenError(CallRejectedError, circuitbreaker.CircuitBreakerError):
         **details: Any,
     ) -> None:
         super().__init__(message, **details)
+        prefix = f"[{self.model}] " if self.model else ""
+        self.args = (prefix + self.message,)  # the package's class has emptied them
         self.reason = reason
         self.last_error = last_error
 
     def __str__(self) -> str:
-        return str(LMError.__str__(self))
+        return str(LMError.__str__(self))  # the package's class would ask its breaker
 
 
 class ThrottledError(CallRejectedError):

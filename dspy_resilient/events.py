@@ -118,15 +118,17 @@ class CircuitClosed(Event):
 
 Listener = Callable[[Event], object]
 
-_STATE_CHANGES = (CircuitOpened, CircuitHalfOpened, CircuitClosed, Throttled, FellBack)
+# What is worth a line in the log: what changes for every call to come, not what one call met.
+_STATE_CHANGES = (CircuitOpened, CircuitHalfOpened, CircuitClosed, Throttled)
 _BASE = {f.name for f in fields(Event)}
 
 
 class Hub:
-    """Delivers events to one listener and the log, in order, with no lock held meanwhile.
+    """Delivers events to one listener and the log, in order, with nobody waiting meanwhile.
 
     Whoever finds nobody delivering drains the queue; everybody else only appends. So a slow
     listener delays at most the thread that is delivering, and events never overtake each other.
+    A listener may make calls of its own; what they cause it hears once it has returned.
     """
 
     def __init__(self, listener: Listener | None = None) -> None:
@@ -142,12 +144,18 @@ class Hub:
     def emit(self, event: Event) -> None:
         """Queue `event` and deliver what is queued, unless somebody already does."""
         self._queue.append(event)
-        while self._queue and self._delivering.acquire(blocking=False):
+        baton = self._delivering  # the same to the end, even if the listener forks
+        while self._queue and baton.acquire(blocking=False):
             try:
                 while self._queue:
                     self._deliver(self._queue.popleft())
             finally:
-                self._delivering.release()
+                baton.release()
+
+    def renew(self) -> None:
+        """Begin anew in a forked child: what is queued, the parent delivers."""
+        self._queue.clear()
+        self._delivering = threading.Lock()
 
     def _deliver(self, event: Event) -> None:
         if isinstance(event, _STATE_CHANGES):
@@ -159,7 +167,11 @@ class Hub:
         except Exception:
             if not self._warned:
                 self._warned = True
-                logger.exception("dspy_resilient.listener_failed", extra={"client": event.client})
+                logger.exception(
+                    "dspy_resilient.listener_failed client=%s",
+                    event.client,
+                    extra={"event": "dspy_resilient.listener_failed", "client": event.client},
+                )
 
 
 def _log(event: Event) -> None:

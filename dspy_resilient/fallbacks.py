@@ -1,6 +1,7 @@
 """Turn what a user gave as `fallbacks` into targets.
 
-This module decides what a fallback inherits from the primary and refuses chains that lead back.
+This module decides what a fallback inherits from the primary and refuses chains that lead back. It
+asks nobody anything.
 """
 
 from __future__ import annotations
@@ -10,74 +11,129 @@ from typing import TYPE_CHECKING, Any
 
 import dspy
 
+from dspy_resilient.options import refuse_ours, refuse_stream
+from dspy_resilient.redact import strip_secrets
 from dspy_resilient.target import CONNECTION, Target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from dspy_resilient.runtime import Runtime
 
+Given = tuple[Any, ...]
+"""Fallbacks as a client keeps them: model names, which inherit from the primary, and LMs."""
+
 # Settings that some models refuse; a fallback is built without them if it does.
 _NOT_EVERYWHERE = ("temperature", "max_tokens", "max_completion_tokens")
+# Settings that mean something to one provider only, and would be sent to another as they are.
+_OF_ONE_PROVIDER = ("aws_", "azure_", "databricks_", "oci_", "sagemaker_", "vertex_", "watsonx_")
 
 
-def build_fallbacks(primary: Any, runtime: Runtime, fallbacks: Sequence[Any]) -> tuple[Target, ...]:
-    """Return the targets behind `primary`, in order; a `ResilientLM` brings its own along.
+def check_fallbacks(fallbacks: Any) -> Given:
+    """Return what was given as `fallbacks`, each a model name or an LM; None is no fallback.
 
     Raises:
-        TypeError: If one is no model name, LM or dict.
-        ValueError: If one leads back to the primary or to an earlier fallback.
+        TypeError: If it is no list, or one in it is no model name, LM or dict.
+        ValueError: If a dict cannot be made an LM.
     """
-    if isinstance(fallbacks, (str, dict)) or not hasattr(fallbacks, "__iter__"):
+    if fallbacks is None:
+        return ()
+    unordered = isinstance(fallbacks, (str, bytes, dict, set, frozenset))
+    if unordered or not hasattr(fallbacks, "__iter__"):
         raise TypeError(
             f"ResilientLM: fallbacks must be a list of models; got a {type(fallbacks).__name__}"
         )
+    return tuple(map(_check, fallbacks))
+
+
+def build_fallbacks(
+    primary: Any, runtime: Runtime, given: Given, *, strict: bool = True
+) -> tuple[Target, ...]:
+    """Return the targets behind `primary`, in order; a `ResilientLM` brings its own along.
+
+    Raises:
+        ValueError: If one leads back to the primary or to an earlier fallback; unless `strict`,
+            it is left out instead.
+    """
     targets: list[Target] = []
-    for fallback in fallbacks:
+    for fallback in given:
         for target in _targets(primary, runtime, fallback):
-            if any(_same(target.lm, other) for other in (primary, *(t.lm for t in targets))):
+            if not any(_same(target.lm, lm) for lm in (primary, *(each.lm for each in targets))):
+                targets.append(target)
+            elif strict:
                 raise ValueError(
                     f"ResilientLM: fallbacks lead back to {target.lm.model!r}, which is asked already"
                 )
-            targets.append(target)
     return tuple(targets)
 
 
-def _targets(primary: Any, runtime: Runtime, fallback: Any) -> Iterator[Target]:
-    own = True
-    if isinstance(fallback, dspy.BaseLM):
-        lent = getattr(fallback, "lend_targets", None)
-        if lent is not None:
-            for target in lent():
-                yield dataclasses.replace(target, runtime=runtime, own_connection=True)
-            return
-        lm = fallback
-    elif isinstance(fallback, str):
-        own = fallback.partition("/")[0] != primary.model.partition("/")[0]
-        lm = _from_name(primary, fallback, inherits=not own)
-    elif isinstance(fallback, dict):
-        lm = dspy.LM(**{"engine": "litellm", **fallback})
-    else:
+def vary_fallbacks(
+    primary: Any, runtime: Runtime, given: Given, changes: dict[str, Any]
+) -> tuple[Given, tuple[Target, ...]]:
+    """Return the fallbacks of a copy: a setting given to a copy reaches every target.
+
+    As with a setting given to a call, but for those that belong to the primary's provider.
+    """
+    settings = {
+        name: value
+        for name, value in strip_secrets(changes)[0].items()
+        if not _is_of_one_provider(name) and not hasattr(primary, name)
+    }
+    varied = tuple(each if isinstance(each, str) else each.copy(**settings) for each in given)
+    return varied, build_fallbacks(primary, runtime, varied, strict=False)
+
+
+def _check(fallback: Any) -> Any:
+    if isinstance(fallback, dict):
+        refuse_ours("a fallback that is a dict", fallback)
+        if not isinstance(fallback.get("model"), str):
+            raise TypeError("ResilientLM: a fallback that is a dict needs a model, which is a str")
+        fallback = dspy.LM(**{"engine": "litellm", **fallback})
+    if isinstance(fallback, str):
+        if not fallback:
+            raise ValueError("ResilientLM: a fallback must be a non-empty model name; got ''")
+    elif not isinstance(fallback, dspy.BaseLM):
         raise TypeError(
             "ResilientLM: a fallback must be a model name, a dspy.LM, a ResilientLM or a dict of "
             f"dspy.LM arguments; got a {type(fallback).__name__}"
         )
+    else:
+        refuse_stream(fallback.kwargs)
+    return fallback
+
+
+def _targets(primary: Any, runtime: Runtime, fallback: Any) -> Iterator[Target]:
+    lent = getattr(fallback, "lend_targets", None)
+    if lent is not None:
+        for target in lent():
+            yield dataclasses.replace(target, runtime=runtime, own_connection=True)
+        return
+    inherits = isinstance(fallback, str) and _provider(fallback) == _provider(primary.model)
+    lm = _from_name(primary, fallback, inherits=inherits) if isinstance(fallback, str) else fallback
     yield Target(
-        lm, runtime.fallback_routes, runtime, type(lm), primary.history, own_connection=own
+        lm,
+        runtime.fallback_routes,
+        runtime,
+        type(lm),
+        primary.history,
+        own_connection=not inherits,
     )
+
+
+def _provider(model: str) -> str:
+    provider, slash, _ = model.partition("/")
+    return provider if slash else "openai"
 
 
 def _from_name(primary: Any, model: str, *, inherits: bool) -> Any:
     """Return an LM for `model` with the primary's settings, and its connection if it `inherits`."""
-    settings = {
-        name: value
-        for name, value in primary.kwargs.items()
-        if value is not None and (inherits or name not in CONNECTION)
-    }
+    settings = {name: value for name, value in primary.kwargs.items() if value is not None}
+    if not inherits:
+        settings, _ = strip_secrets(settings)
+        settings = {n: value for n, value in settings.items() if not _is_of_one_provider(n)}
     if "max_completion_tokens" in settings:
         settings["max_tokens"] = settings.pop("max_completion_tokens")
-    if isinstance(primary.engine, str):
-        settings["engine"] = primary.engine
+    settings["engine"] = primary.engine if isinstance(primary.engine, str) else "litellm"
     settings["model_type"] = primary.model_type
     try:
         return dspy.LM(model, **settings)
@@ -85,6 +141,10 @@ def _from_name(primary: Any, model: str, *, inherits: bool) -> Any:
         for name in _NOT_EVERYWHERE:
             settings.pop(name, None)
         return dspy.LM(model, **settings)
+
+
+def _is_of_one_provider(name: str) -> bool:
+    return name in CONNECTION or name == "extra_body" or name.startswith(_OF_ONE_PROVIDER)
 
 
 def _same(one: Any, other: Any) -> bool:

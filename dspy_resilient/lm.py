@@ -13,33 +13,36 @@ import functools
 import uuid
 import warnings
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import dspy
 from dspy.utils.callback import with_callbacks
 
 from dspy_resilient import drive
+from dspy_resilient.attempt import called_by_adapter, is_sending
 from dspy_resilient.cache import disk_folder, tenant_of
 from dspy_resilient.call import Call, Served, complete
 from dspy_resilient.events import CallFinished
-from dspy_resilient.fallbacks import build_fallbacks
+from dspy_resilient.fallbacks import build_fallbacks, check_fallbacks, vary_fallbacks
 from dspy_resilient.observe.stats import Stats
-from dspy_resilient.options import UNSET, Options, build_options, check_call_options, refuse_missing
-from dspy_resilient.policies import CachePolicy
-from dspy_resilient.redact import strip_secrets
-from dspy_resilient.runtime import Runtime
-from dspy_resilient.saving import check_credentials, dump_options, load_options
-from dspy_resilient.target import (
-    Target,
-    called_by_adapter,
-    endpoint_of,
-    is_sending,
-    key_of,
-    setting,
+from dspy_resilient.options import (
+    UNSET,
+    Options,
+    build_options,
+    check_call_options,
+    refuse_missing,
+    refuse_ours,
+    refuse_stream,
+    refuse_to_copy,
 )
+from dspy_resilient.policies import CachePolicy
+from dspy_resilient.route import endpoint_of, setting
+from dspy_resilient.runtime import Runtime
+from dspy_resilient.saving import check_credentials, dump_options, load_options, savable
+from dspy_resilient.target import Target, key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from dspy_resilient.circuit import CircuitBreaker
     from dspy_resilient.events import Listener
@@ -47,6 +50,13 @@ if TYPE_CHECKING:
 
 _STATE_KEY = "resilient"
 _ME = "ResilientLM"
+_Method = TypeVar("_Method", bound="Callable[..., Any]")
+
+
+def _with_callbacks(method: _Method) -> _Method:
+    """Have a call method tell the user's DSPy callbacks, and keep its type."""
+    decorated: _Method = with_callbacks(method)
+    return decorated
 
 
 class ResilientLM(dspy.LM):
@@ -113,13 +123,13 @@ class ResilientLM(dspy.LM):
         max_wait: float = 15.0,
         retry: RetryPolicy | None = None,
         limits: LimitPolicy | int | None = None,
-        fallbacks: Sequence[str | dict[str, Any] | dspy.BaseLM] = (),
+        fallbacks: Sequence[str | dict[str, Any] | dspy.BaseLM] | None = (),
         deadline: float | None = None,
         on_event: Listener | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_missing(kwargs)
-        _refuse_stream(kwargs)
+        refuse_stream(kwargs)
         check_call_options(max_wait=max_wait, deadline=deadline)
         options = build_options(
             model=model,
@@ -157,11 +167,13 @@ class ResilientLM(dspy.LM):
         self._dropped: tuple[str, ...] = ()
         self._start(options, fallbacks)
 
-    def _start(self, options: Options, fallbacks: Sequence[Any]) -> None:
+    def _start(self, options: Options, fallbacks: Any) -> None:
         """Make the shared part: empty cache, closed circuits."""
         self._runtime = Runtime(options, folder=self._folder(options.cache))
         self._primary = Target(self, self._runtime.routes, self._runtime, dspy.LM, self.history)
-        self._fallbacks = build_fallbacks(self, self._runtime, fallbacks)
+        self._given_fallbacks = check_fallbacks(fallbacks)
+        self._fallbacks = build_fallbacks(self, self._runtime, self._given_fallbacks)
+        self._is_rebuilt = False
 
     def _folder(self, policy: CachePolicy) -> Callable[[], str | None]:
         """Return what finds the folder of this client's answers when it is first needed."""
@@ -176,7 +188,7 @@ class ResilientLM(dspy.LM):
 
     # The call
 
-    @with_callbacks
+    @_with_callbacks
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer as `dspy.LM` does, from the cache, an identical call under way, or a target.
 
@@ -189,11 +201,23 @@ class ResilientLM(dspy.LM):
         call = self._begin("__call__", prompt, messages, kwargs)
         return self._run(call)
 
-    @with_callbacks
+    @_with_callbacks
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer as `__call__` does, on the running event loop; cancelling leaves nothing behind."""
         call = self._begin("acall", prompt, messages, kwargs)
         return await self._arun(call)
+
+    if hasattr(dspy.LM, "generate"):  # from DSPy 3.5 on, what its adapters call
+
+        @_with_callbacks
+        def generate(self, request: Any, **kwargs: Any) -> Any:
+            """Answer a typed request as `dspy.LM.generate` does, under the same policies."""
+            return self._run(self._begin("generate", request, None, kwargs))
+
+        @_with_callbacks
+        async def agenerate(self, request: Any, **kwargs: Any) -> Any:
+            """Answer a typed request as `dspy.LM.agenerate` does, under the same policies."""
+            return await self._arun(self._begin("agenerate", request, None, kwargs))
 
     def _run(self, call: Call) -> Any:
         started = self._runtime.clock()
@@ -215,15 +239,21 @@ class ResilientLM(dspy.LM):
 
     def _begin(self, method: str, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Call:
         """Take our own keywords out of a call, and find its key."""
-        _refuse_stream(kwargs)
-        cache, retries = kwargs.pop("cache", None), kwargs.pop("num_retries", self.num_retries)
-        check_call_options(num_retries=retries, cache=cache)
+        refuse_stream(kwargs)
+        own = {name: kwargs.pop(name) for name in ("cache", "num_retries") if name in kwargs}
+        if own:
+            check_call_options(**own)
+        refuse_ours("a call", kwargs)
+        cache: bool | None = own.get("cache")
+        retries: int = own.get("num_retries", self.num_retries)
         if messages is not None:
             kwargs["messages"] = messages
             if not called_by_adapter(self, messages):
                 _warn_messages()
-        if self._dropped:
-            check_credentials(self, self._dropped, kwargs)
+        if self._is_rebuilt:
+            check_credentials(self, kwargs)
+            for each in self._fallbacks:
+                check_credentials(each.lm, {})
         args = () if prompt is None else (prompt,)
         cached = self.cache if cache is None else cache
         runtime = self._runtime
@@ -232,10 +262,11 @@ class ResilientLM(dspy.LM):
             method=method,
             args=args,
             kwargs=kwargs,
-            key=key_of(self, args, kwargs, runtime.tenant) if cached else None,
+            key=key_of(self, method, args, kwargs, runtime.tenant) if cached else None,
             targets=self._targets(),
             streams=dspy.settings.send_stream is not None,
-            may_wait=not is_sending() and (method[0] == "a" or not drive.on_a_loop()),
+            may_wait=not is_sending()
+            and (method in ("acall", "agenerate") or not drive.on_a_loop()),
             max_attempts=retries + 1,
             max_wait=self.max_wait,
             budget=float("inf") if self.deadline is None else self.deadline,
@@ -316,15 +347,15 @@ class ResilientLM(dspy.LM):
         Raises:
             TypeError: If `kwargs` names something that belongs to the client as a whole.
         """
-        if owned := sorted(_OWNED & kwargs.keys()):
-            raise TypeError(
-                f"{_ME}.copy: {', '.join(owned)} belongs to the client that all copies share; build "
-                "a new ResilientLM instead"
-            )
+        refuse_to_copy(kwargs)
         own = ("max_wait", "deadline", "num_retries", "cache")
         check_call_options(**{name: kwargs[name] for name in own if name in kwargs})
-        _refuse_stream(kwargs)
+        refuse_stream(kwargs)
         copied: Self = super().copy(**kwargs)
+        if kwargs and self._given_fallbacks:
+            copied._given_fallbacks, copied._fallbacks = vary_fallbacks(
+                copied, self._runtime, self._given_fallbacks, kwargs
+            )
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -339,50 +370,78 @@ class ResilientLM(dspy.LM):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle may hold: no runtime, no credential, no callable."""
         state: dict[str, Any] = super().__getstate__()
-        state["kwargs"], dropped = strip_secrets(self.kwargs)
-        state["_dropped"] = tuple(sorted({*self._dropped, *dropped}))
-        del state["_runtime"], state["_primary"], state["_fallbacks"]
+        lost = ["callbacks"] if self.callbacks else []
+        for name in ("kwargs", "launch_kwargs", "train_kwargs"):
+            state[name], secrets, hooks = savable(state[name])
+            lost += hooks if name == "kwargs" else (*hooks, *secrets)
+        state["_dropped"] = self._all_dropped()
+        for name in ("_runtime", "_primary", "_fallbacks", "_given_fallbacks", "_is_rebuilt"):
+            del state[name]
         state["history"] = []
         state["callbacks"] = []
-        state[_STATE_KEY] = dump_options(self._runtime.options, self._given_name, self._fallbacks)
+        state[_STATE_KEY] = self._dump_options(lost)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild from a pickle with an empty runtime."""
         state = dict(state)
-        options = state.pop(_STATE_KEY)
+        options = load_options(state.pop(_STATE_KEY), type(self), allow_custom=True)
         super().__setstate__(state)
-        built = load_options(options)
-        name, fallbacks = built.pop("name"), built.pop("fallbacks")
-        circuit = built.pop("circuit") or None
-        self._start(Options(name=name or self.model, circuit=circuit, **built), fallbacks)
+        name, fallbacks = options.pop("name"), options.pop("fallbacks")
+        circuit = options.pop("circuit") or None
+        self._start(Options(name=name or self.model, circuit=circuit, **options), fallbacks)
+        self._is_rebuilt = True
 
     def dump_state(self) -> dict[str, Any]:
-        """Return JSON-ready state that rebuilds this client, with no credential in it."""
-        state, dropped = strip_secrets(super().dump_state())
-        _, also = strip_secrets(self.kwargs)
-        options = dump_options(self._runtime.options, self._given_name, self._fallbacks)
-        options["dropped"] = sorted({*self._dropped, *dropped, *also})
-        state[_STATE_KEY] = {**options, "max_wait": self.max_wait, "deadline": self.deadline}
-        return dict(state)
+        """Return JSON-ready state that rebuilds this client, with no credential in it.
+
+        Warns once of what cannot be saved and will not be missed by a call: functions, and
+        credentials of `launch_kwargs` and `train_kwargs`.
+        """
+        state: dict[str, Any] = super().dump_state()
+        kept, _, lost = savable(self.kwargs)
+        for name in self.kwargs.keys() - kept.keys():
+            state.pop(name, None)
+        for name in ("launch_kwargs", "train_kwargs"):
+            state[name], secrets, hooks = savable(state[name])
+            lost = (*lost, *hooks, *secrets)
+        state.setdefault("engine", self.engine)
+        state[_STATE_KEY] = {
+            **self._dump_options(lost),
+            "dropped": list(self._all_dropped()),
+            "max_wait": self.max_wait,
+            "deadline": self.deadline,
+        }
+        return state
+
+    def _dump_options(self, lost: Iterable[str]) -> dict[str, Any]:
+        return dump_options(self._runtime.options, self._given_name, self._given_fallbacks, lost)
+
+    def _all_dropped(self) -> tuple[str, ...]:
+        """Return the names of this LM's settings that a save leaves out, or has left out before."""
+        return tuple(sorted({*self._dropped, *savable(self.kwargs)[1]}))
 
     @classmethod
     def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> Self:
-        """Rebuild a client from `dump_state()`: same policies, empty runtime.
+        """Rebuild a client from `dump_state()`, or from that of a plain `dspy.LM`.
 
-        Credentials were never saved; they are read from the environment when the first call is
-        sent, and LMConfigurationError then names what is missing.
+        Same policies, empty runtime. Credentials were never saved; they are read from the
+        environment when a call is made, and LMConfigurationError then names what is missing.
         """
         state = dict(state)
         options = dict(state.pop(_STATE_KEY, {}))
-        dropped = options.pop("dropped", [])
-        cached = state.pop("cache", True)
-        built = load_options(options) if options else {}
+        dropped = options.pop("dropped", ())
+        cached, retries = state.pop("cache", True), state.pop("num_retries", 3)
+        if options:
+            options = load_options(options, cls, allow_custom=allow_custom_lm_class)
+        else:
+            options["num_retries"] = retries
         lm: Self = super().load_state(
-            {**state, **built}, allow_custom_lm_class=allow_custom_lm_class
+            {**state, **options}, allow_custom_lm_class=allow_custom_lm_class
         )
-        lm.cache = cached
+        lm.cache, lm.num_retries = cached, retries
         lm._dropped = tuple(dropped)
+        lm._is_rebuilt = True
         return lm
 
     # What the fallbacks can do too
@@ -498,10 +557,6 @@ class ResilientLM(dspy.LM):
         super().update_history(entry)
 
 
-# What `dspy.LM` cannot be asked to copy, because it belongs to the whole client.
-_OWNED = {"name", "circuit", "retry", "limits", "fallbacks", "on_event", "cache_policy"}
-
-
 class _OutputsForAdapter(list[Any]):
     """Outputs on their way to one of DSPy's adapters.
 
@@ -525,14 +580,6 @@ class _OutputsForAdapter(list[Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(super().__iter__()),)
-
-
-def _refuse_stream(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("stream"):
-        raise dspy.LMUnsupportedFeatureError(
-            "stream=True is not a setting of an LM call; wrap the program with dspy.streamify",
-            features=["stream"],
-        )
 
 
 def _warn_messages() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import dspy
+
 from dspy_resilient.circuit import CircuitBreaker
 from dspy_resilient.policies import (
     CachePolicy,
     CircuitPolicy,
     LimitPolicy,
     RetryPolicy,
+    function,
     number,
+    shown,
     text,
 )
 
@@ -20,7 +24,17 @@ if TYPE_CHECKING:
 
 UNSET: Any = object()
 _ME = "ResilientLM"
-_NOT_YET = ("shared", "context_window_fallbacks", "policy_fallbacks")
+_NOT_YET = frozenset({"shared", "context_window_fallbacks", "policy_fallbacks"})
+_OF_THE_CLIENT = _NOT_YET | {
+    "cache_policy",
+    "circuit",
+    "fallbacks",
+    "limits",
+    "name",
+    "on_event",
+    "retry",
+}
+_OURS = _OF_THE_CLIENT | {"max_wait", "deadline"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +76,11 @@ def build_options(
         ValueError: If one is out of range, or two contradict each other.
     """
     text(_ME, "name", name)
-    if on_event is not None and not callable(on_event):
-        raise TypeError(f"{_ME}: on_event must be callable or None; got {on_event!r}")
+    function(_ME, "on_event", on_event)
     return Options(
         name=name or model,
         cache=_policy("cache", cache, CachePolicy) or CachePolicy(),
-        circuit=circuit
-        if isinstance(circuit, CircuitBreaker)
-        else _policy("circuit", circuit, CircuitPolicy),
+        circuit=_policy("circuit", circuit, CircuitPolicy, CircuitBreaker),
         retry=_retry(retry, num_retries),
         limits=_limits(limits),
         on_event=on_event,
@@ -85,31 +96,63 @@ def check_call_options(
     if num_retries is not UNSET:
         number(_ME, "num_retries", num_retries, whole=True)
     if cache is not None and not isinstance(cache, bool):
-        raise TypeError(f"{_ME}: cache must be True, False or None here; got {cache!r}")
+        raise TypeError(f"{_ME}: cache must be True, False or None here; got {shown(cache)}")
+
+
+def refuse_stream(kwargs: dict[str, Any]) -> None:
+    """Raise LMUnsupportedFeatureError for stream=True, whose answer is no answer yet."""
+    if kwargs.get("stream"):
+        raise dspy.LMUnsupportedFeatureError(
+            "stream=True is not a setting of an LM call; wrap the program with dspy.streamify",
+            features=["stream"],
+        )
 
 
 def refuse_missing(kwargs: dict[str, Any]) -> None:
     """Raise TypeError for an argument of ours that does nothing yet, rather than ignore it."""
-    for name in _NOT_YET:
-        if name in kwargs:
-            raise TypeError(f"{_ME}: {name} is not available yet")
+    for name in sorted(_NOT_YET & kwargs.keys()):
+        raise TypeError(f"{_ME}: {name} is not available yet")
 
 
-def _policy(name: str, value: Any, kind: type[Any]) -> Any:
+def refuse_to_copy(kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for what a copy cannot have for itself."""
+    if owned := sorted(_OF_THE_CLIENT & kwargs.keys()):
+        raise TypeError(
+            f"{_ME}.copy: {', '.join(owned)} belongs to the client that all copies share; build a "
+            "new ResilientLM instead"
+        )
+
+
+def refuse_ours(where: str, kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for an argument of ours where only a provider's settings are taken."""
+    if not _OURS.isdisjoint(kwargs):
+        raise TypeError(
+            f"{_ME}: {where} takes no {', '.join(sorted(_OURS & kwargs.keys()))}; give it to the "
+            "client (max_wait and deadline also to a copy)"
+        )
+
+
+def _policy(name: str, value: Any, *kinds: type[Any]) -> Any:
     if value is True:
-        return kind()
+        return kinds[0]()
     if value is False:
         return None
-    if not isinstance(value, kind):
-        raise TypeError(f"{_ME}: {name} must be True, False or a {kind.__name__}; got {value!r}")
+    if not isinstance(value, kinds):
+        allowed = " or a ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{_ME}: {name} must be True, False or a {allowed}; got {shown(value)}")
     return value
 
 
 def _limits(value: Any) -> LimitPolicy | None:
     if value is None or isinstance(value, LimitPolicy):
         return value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{_ME}: limits must be a LimitPolicy, an int or None; got {value!r}")
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < 1:
+        kind = ValueError if is_whole else TypeError
+        raise kind(
+            f"{_ME}: limits must be a LimitPolicy, a whole number at least 1, or None; got "
+            f"{shown(value)}"
+        )
     return LimitPolicy(max_concurrent=value)
 
 
@@ -120,7 +163,7 @@ def _retry(retry: Any, num_retries: Any) -> RetryPolicy:
     if retry is None:
         return RetryPolicy() if num_retries is UNSET else RetryPolicy(max_attempts=num_retries + 1)
     if not isinstance(retry, RetryPolicy):
-        raise TypeError(f"{_ME}: retry must be a RetryPolicy or None; got {retry!r}")
+        raise TypeError(f"{_ME}: retry must be a RetryPolicy or None; got {shown(retry)}")
     if num_retries is not UNSET and num_retries + 1 != retry.max_attempts:
         raise ValueError(
             f"{_ME}: num_retries={num_retries} and retry.max_attempts={retry.max_attempts} "

@@ -7,10 +7,22 @@ seconds. This module decides nothing else.
 
 from __future__ import annotations
 
+import inspect
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
+
+_LONGEST_SHOWN = 16  # a key is longer
+
+
+def shown(value: object) -> str:
+    """Return `value` as an error message may show it: only what is too short to be a secret."""
+    is_short = isinstance(value, str) and len(value) <= _LONGEST_SHOWN
+    if value is None or is_short or isinstance(value, (bool, int, float)):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 def number(
@@ -38,15 +50,15 @@ def number(
     """
     if value is None and optional:
         return
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if is_number and low <= value <= high and value not in (low if above else None, math.inf):  # type: ignore[operator]  # it is a number
+        return
     edge = "greater than" if above else "at least"
     allowed = f"{'a whole number' if whole else 'a number'} {edge} {low:g}"
     allowed += f" and at most {high:g}" if high != math.inf else ""
     allowed += ", or None" if optional else ""
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{owner}: {name} must be {allowed}; got {value!r}")
-    if not math.isfinite(value) or value < low or (above and value <= low) or value > high:
-        raise ValueError(f"{owner}: {name} must be {allowed}; got {value!r}")
+    kind = ValueError if is_number else TypeError
+    raise kind(f"{owner}: {name} must be {allowed}; got {shown(value)}")
 
 
 def one_of(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -55,7 +67,7 @@ def one_of(owner: str, name: str, value: object, allowed: tuple[object, ...]) ->
         value is choice or (type(value) is type(choice) and value == choice) for choice in allowed
     ):
         choices = ", ".join(map(repr, allowed))
-        raise ValueError(f"{owner}: {name} must be one of {choices}; got {value!r}")
+        raise ValueError(f"{owner}: {name} must be one of {choices}; got {shown(value)}")
 
 
 def text(owner: str, name: str, value: object) -> None:
@@ -66,6 +78,14 @@ def text(owner: str, name: str, value: object) -> None:
         )
     if value == "":
         raise ValueError(f"{owner}: {name} must be a non-empty str or None; got ''")
+
+
+def function(owner: str, name: str, value: object) -> None:
+    """Raise TypeError unless `value` is None or can be called and has then done its work."""
+    if value is None:
+        return
+    if not callable(value) or inspect.iscoroutinefunction(value):
+        raise TypeError(f"{owner}: {name} must be a plain function or None; got {shown(value)}")
 
 
 class _Policy:
@@ -96,7 +116,7 @@ class CircuitPolicy(_Policy):
         recovery_time: Seconds it stays open the first time. Above 0; default 5.
         backoff: Factor on the open time for each opening in a row. At least 1; default 2.
         max_recovery_time: Longest open time in seconds. At least `recovery_time`; default 300.
-        jitter: Share by which the open time varies at random. 0 to below 1; default 0.2.
+        jitter: Share by which the open time varies at random. 0 to 0.99; default 0.2.
         probes: Calls let through at a time while half-open. At least 1; default 1.
         successes_to_close: Successful probes that close it. At least 1; default 2.
         probe_lease: Seconds after which a silent probe gives up its place. Above 0; default 60.
@@ -154,9 +174,9 @@ class CachePolicy(_Policy):
             under way, but sends its own. At least 0; default 60.
         disk: Where answers outlive the process: "auto" (default: where DSPy keeps its own disk
             cache, if that is on), a folder, or None for nowhere.
-        disk_bytes: Bytes kept on disk. Above 0; default 1 GiB.
-        tenant: Name that separates answers of different users of one client; None (default)
-            separates by a hash of the API key.
+        disk_bytes: Bytes kept on disk. At least 1 MiB; default 1 GiB.
+        tenant: Name that separates answers of different users; None (default) separates by a hash
+            of the API key. A saved program holds it, a repr does not.
     """
 
     max_entries: int = 10_000
@@ -165,9 +185,9 @@ class CachePolicy(_Policy):
     stale_if_error: float | None = None
     store_if: Callable[[dict[str, Any]], bool] | None = None
     coalesce_max_age: float = 60.0
-    disk: str | None = "auto"
+    disk: str | os.PathLike[str] | None = "auto"
     disk_bytes: int = 2**30
-    tenant: str | None = None
+    tenant: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -178,8 +198,9 @@ class CachePolicy(_Policy):
         number(me, "stale_if_error", self.stale_if_error, above=True, optional=True)
         number(me, "coalesce_max_age", self.coalesce_max_age)
         number(me, "disk_bytes", self.disk_bytes, low=2**20, whole=True)
-        if self.store_if is not None and not callable(self.store_if):
-            raise TypeError(f"{me}: store_if must be callable or None; got {self.store_if!r}")
+        function(me, "store_if", self.store_if)
+        if isinstance(self.disk, os.PathLike):
+            object.__setattr__(self, "disk", os.fspath(self.disk))
         text(me, "disk", self.disk)
         text(me, "tenant", self.tenant)
         if self.stale_if_error is not None and self.ttl is None:

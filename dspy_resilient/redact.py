@@ -38,11 +38,16 @@ _BEFORE_KEY = frozenset(
         "account",
         "api",
         "auth",
+        "client",
         "encryption",
+        "ingestion",
         "master",
+        "oci",
         "private",
         "secret",
+        "service",
         "signing",
+        "ssh",
         "subscription",
         "virtual",
     ]
@@ -94,6 +99,8 @@ _AFTER_TOKEN = frozenset(
         "usage",
     ]
 )
+# What points to a credential holds none.
+_POINTS_TO_ONE = frozenset({"file", "name", "path", "ref", "uri", "url"})
 
 
 @functools.lru_cache(maxsize=1024)
@@ -107,13 +114,14 @@ def is_secret(name: str) -> bool:
         [False, False, False]
     """
     words = [word.lower() for word in _BREAKS.split(name) if word]
-    if not words:
+    if not words or words[-1] in _POINTS_TO_ONE or "cost" in words:
         return False
     if not _ANYWHERE.isdisjoint(words) or (len(words) == 1 and words[0] in _ALONE):
         return True
     around = zip(["", *words], words, [*words[1:], ""], strict=False)
     return any(
-        (word == "key" and before in _BEFORE_KEY)
+        (word in ("key", "keys") and before in _BEFORE_KEY)
+        or word.endswith("apikey")
         or (word == "token" and before not in _BEFORE_TOKEN and after not in _AFTER_TOKEN)
         for before, word, after in around
     )
@@ -126,39 +134,55 @@ def strip_secrets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
     left out as a whole: half of it would be of no use. Unset (None) credentials stay, as there is
     nothing to hide.
     """
-    dropped = tuple(
-        name
-        for name, value in settings.items()
-        if value is not None and (is_secret(str(name)) or _holds_secret(value))
-    )
+    dropped = tuple(name for name, value in settings.items() if _is_credential(name, value))
     return {name: value for name, value in settings.items() if name not in dropped}, dropped
 
 
-def _holds_secret(value: object, depth: int = 0) -> bool:
+def _is_credential(name: object, value: object, depth: int = 0) -> bool:
+    """Whether `value`, as the value of `name`, is a credential or holds one further inside."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return False
+    # A field of a tool or of an answer may well be called "password": its description is no secret.
+    is_described = depth > 0 and isinstance(value, Mapping) and not _OF_A_SCHEMA.isdisjoint(value)
+    return (is_secret(str(name)) and not is_described) or _holds_secret(value, depth)
+
+
+_OF_A_SCHEMA = frozenset({"$ref", "allOf", "anyOf", "const", "enum", "oneOf", "title", "type"})
+
+
+def _holds_secret(value: object, depth: int) -> bool:
     if depth > 20:  # noqa: PLR2004  # deeper than any setting; a cycle ends here
         return True
     if isinstance(value, Mapping):
-        return any(
-            (item is not None and is_secret(str(name))) or _holds_secret(item, depth + 1)
-            for name, item in value.items()
-        )
+        return any(_is_credential(name, item, depth + 1) for name, item in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return any(_holds_secret(item, depth + 1) for item in value)
-    return isinstance(value, str) and _USERINFO.search(value) is not None
+    return isinstance(value, str) and (
+        _KEY.search(value) is not None
+        or ("://" in value and any(look.search(value) for look in (_USERINFO, _QUERY)))
+    )
 
 
-_USERINFO = re.compile(r"(?<=://)[^/\s@\"']{1,512}@")
+_USERINFO = re.compile(r"(?<=://)[^/\s\"'?#]{1,512}@")
 _NAMED = (
     r"(?:api[-_ ]?key|(?:access|private|secret|subscription)[-_]?key|token(?!s)|secret|"
     r"passw(?:or)?d|authorization|credentials?|cookie)"
+)
+# ?key=... in an address
+_QUERY = re.compile(
+    rf"(?i)(?<=[?&])((?:[\w-]{{0,32}}{_NAMED})|auth|code|jwt|key|sig|signature)=[^\s&#\"']+"
+)
+# what the providers' own keys look like
+_KEY = re.compile(
+    r"\b(?:(?:sk|pk|rk|gsk|csk|xai|pplx|nvapi|glpat|r8|hf|gh[opsu]|github_pat)[-_][\w.*-]{6,}"
+    r"|AIza[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|eyJ[\w-]{8,}(?:\.[\w-]+)*)"
 )
 _LOOKS = (
     # user:password@ in an address
     (_USERINFO, f"{_MASK}@"),
     # Authorization: Bearer ...
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=*-]{6,}"), rf"\1 {_MASK}"),
-    # ?key=... in an address
-    (re.compile(r"(?i)(?<=[?&])(key|code|sig|signature)=[^\s&#\"']+"), rf"\1={_MASK}"),
+    (_QUERY, rf"\1={_MASK}"),
     # api_key=..., "x-api-key": "...", API key provided: ...
     (
         re.compile(
@@ -167,14 +191,7 @@ _LOOKS = (
         ),
         rf"\1{_MASK}",
     ),
-    # what the providers' own keys look like
-    (
-        re.compile(
-            r"\b(?:(?:sk|pk|rk|gsk|csk|xai|pplx|nvapi|glpat|r8|hf|gh[opsu]|github_pat)[-_][\w.*-]{6,}"
-            r"|AIza[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|eyJ[\w-]{8,}(?:\.[\w-]+)*)"
-        ),
-        _MASK,
-    ),
+    (_KEY, _MASK),
 )
 
 

@@ -17,14 +17,14 @@ from dspy_resilient.cache import Flights, ResponseCache, usable
 from dspy_resilient.circuit import CircuitBreaker, ThrottleGate
 from dspy_resilient.events import Event, Hub, logger
 from dspy_resilient.observe.stats import Stats, Tally
-from dspy_resilient.target import Routes
+from dspy_resilient.route import Routes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dspy_resilient.cache import Answer
     from dspy_resilient.options import Options
-    from dspy_resilient.target import Route
+    from dspy_resilient.route import Route
 
 
 class Runtime:
@@ -90,7 +90,8 @@ class Runtime:
 
     def backoff(self, failures: int) -> float:
         """Return the wait after the given number of earlier failures: full jitter (R50)."""
-        return self.random() * min(self.retry.cap, self.retry.base * 2**failures)
+        longest: float = min(self.retry.cap, self.retry.base * 2.0**failures)
+        return self.random() * longest
 
     def store(self, key: str | None, answer: Answer) -> None:
         """Keep `answer` under `key` if it may be stored (R42)."""

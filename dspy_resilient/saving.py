@@ -14,21 +14,44 @@ import dspy
 
 from dspy_resilient.circuit import CircuitBreaker
 from dspy_resilient.policies import CachePolicy, CircuitPolicy, LimitPolicy, RetryPolicy
-from dspy_resilient.redact import strip_secrets
+from dspy_resilient.redact import is_secret, strip_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dspy_resilient.runtime import Options
-    from dspy_resilient.target import Target
+    from dspy_resilient.fallbacks import Given
+    from dspy_resilient.options import Options
+
+_CLASS_KEY = "_dspy_lm_class"
+
+# Whose libraries look for credentials beyond the environment: profiles, roles, metadata servers.
+_LOOKS_FURTHER = ("bedrock", "sagemaker", "vertex_ai")
+# Where the variables of a provider begin otherwise than its name does.
+_ALSO_CALLED = {
+    "cohere": "CO_",
+    "cohere_chat": "CO_",
+    "gemini": "GOOGLE_",
+    "huggingface": "HF_",
+    "openrouter": "OR_",
+    "perplexity": "PERPLEXITYAI_",
+    "volcengine": "ARK_",
+    "watsonx": "WX_",
+}
+
+
+def savable(settings: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+    """Return what may be saved, and the names of the credentials and of the callables left out."""
+    kept, secrets = strip_secrets(settings)
+    hooks = tuple(n for n, value in kept.items() if callable(value) and not isinstance(value, type))
+    return {name: value for name, value in kept.items() if name not in hooks}, secrets, hooks
 
 
 def dump_options(
-    options: Options, given_name: str | None, fallbacks: Iterable[Target]
+    options: Options, given_name: str | None, fallbacks: Given, lost: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Return a client's policies and fallbacks; callables are left out with a warning."""
+    """Return a client's policies and fallbacks; what is `lost`, and any hook, only a warning names."""
     hooks = {"on_event": options.on_event, "store_if": options.cache.store_if}
-    lost = [name for name, hook in hooks.items() if hook is not None]
+    lost = sorted({*lost, *(name for name, hook in hooks.items() if hook is not None)})
     if lost:
         warnings.warn(
             f"ResilientLM {options.name!r}: {' and '.join(lost)} cannot be saved and must be given "
@@ -44,17 +67,20 @@ def dump_options(
         "circuit": circuit.dump() if circuit is not None else False,
         "retry": options.retry.dump(),
         "limits": options.limits.dump() if options.limits is not None else None,
-        "fallbacks": [_dump_fallback(target.lm) for target in fallbacks],
+        "fallbacks": [
+            each if isinstance(each, str) else _dump_fallback(each) for each in fallbacks
+        ],
     }
 
 
-def _dump_fallback(lm: Any) -> dict[str, Any]:
-    state, _ = strip_secrets(lm.dump_state())
-    return state
+def load_options(state: dict[str, Any], kind: Any, *, allow_custom: bool) -> dict[str, Any]:
+    """Return the constructor arguments that `dump_options` has put down.
 
-
-def load_options(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the constructor arguments that `dump_options` has put down."""
+    Args:
+        state: What `dump_options` returned.
+        kind: The class of the client, which may be its fallbacks' too.
+        allow_custom: Whether other classes that a fallback names may be imported.
+    """
     return {
         **state,
         "cache": CachePolicy.load(state["cache"]),
@@ -62,26 +88,64 @@ def load_options(state: dict[str, Any]) -> dict[str, Any]:
         "retry": RetryPolicy.load(state["retry"]),
         "limits": LimitPolicy.load(state["limits"]) if state["limits"] is not None else None,
         "fallbacks": [
-            dspy.BaseLM.load_state(each, allow_custom_lm_class=True) for each in state["fallbacks"]
+            each if isinstance(each, str) else _load_fallback(each, kind, allow_custom=allow_custom)
+            for each in state["fallbacks"]
         ],
     }
 
 
-def check_credentials(lm: Any, dropped: Iterable[str], kwargs: dict[str, Any]) -> None:
-    """Raise LMConfigurationError for credentials that a save left out and nothing replaces."""
-    provider = lm.model.partition("/")[0].upper()
+def _dump_fallback(lm: Any) -> dict[str, Any]:
+    kept, secrets, _ = savable(lm.kwargs)
+    gone = lm.kwargs.keys() - kept.keys()
+    state = {name: value for name, value in lm.dump_state().items() if name not in gone}
+    return {"lm": state, "dropped": sorted({*getattr(lm, "_dropped", ()), *secrets})}
+
+
+def _load_fallback(state: dict[str, Any], kind: Any, *, allow_custom: bool) -> Any:
+    is_ours = state["lm"].get(_CLASS_KEY) == f"{kind.__module__}.{kind.__qualname__}"
+    lm = (kind if is_ours else dspy.BaseLM).load_state(
+        state["lm"], allow_custom_lm_class=allow_custom
+    )
+    if state["dropped"]:
+        lm._dropped = tuple(state["dropped"])  # noqa: SLF001  # for `check_credentials`
+    return lm
+
+
+def check_credentials(lm: Any, given: dict[str, Any]) -> None:
+    """Raise LMConfigurationError for what a save left out of `lm` and nothing replaces.
+
+    Args:
+        lm: An LM that was rebuilt from a save.
+        given: The keywords of a call, which may replace it.
+    """
+    provider = lm.model.partition("/")[0] if "/" in lm.model else "openai"
     missing = [
         name
-        for name in dropped
-        if lm.kwargs.get(name) is None
-        and kwargs.get(name) is None
-        and not os.environ.get(name.upper())
-        and not os.environ.get(f"{provider}_{name.upper()}")
+        for name in getattr(lm, "_dropped", ())
+        if lm.kwargs.get(name) is None and given.get(name) is None and not _is_set(name, provider)
     ]
     if missing:
         raise dspy.LMConfigurationError(
             f"{', '.join(missing)} was not saved with this LM, because a saved program holds no "
-            "credential; set it in the environment or pass it again",
+            f"credential; set {provider.upper()}_{missing[0].upper()} in the environment, or pass it "
+            "again (to a call or to lm.copy)",
             model=lm.model,
-            provider=provider.lower(),
+            provider=provider,
         )
+
+
+def _is_set(name: str, provider: str) -> bool:
+    """Whether the environment has what was left out: that very setting, or another credential."""
+    full = provider.upper()
+    names = [name.upper(), f"{full}_{name.upper()}"]
+    if name in ("api_base", "base_url"):
+        names += [f"{full}_API_BASE", f"{full}_BASE_URL"]
+    if any(os.environ.get(each) for each in names):
+        return True
+    if not is_secret(name):
+        return False
+    stem = full.removesuffix("_AI")
+    stems = (f"{stem}_", f"{full.replace('_', '')}_", _ALSO_CALLED.get(provider, f"{full}_"))
+    return provider in _LOOKS_FURTHER or any(
+        value and each.startswith(stems) and is_secret(each) for each, value in os.environ.items()
+    )

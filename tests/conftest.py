@@ -36,6 +36,13 @@ def _no_disk_cache(tmp_path_factory):
     dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _litellm_is_warm(_no_disk_cache):
+    """LiteLLM takes seconds to import and to make its first call; no test's clock should run then."""
+    with Provider("ready") as running:
+        dspy.LM("openai/warm", engine="litellm", api_base=running.api_base, api_key="k", cache=False)("?")
+
+
 @pytest.fixture(autouse=True)
 def _dspy_cache_untouched():
     """Nothing of ours goes through DSPy's global cache; what a test of plain DSPy puts there goes."""

@@ -1,0 +1,292 @@
+"""One request: it runs DSPy's own call method on a plain twin of the target.
+
+An attempt sees what comes of it, and settles permit, gate and slot exactly once, whoever hears of
+the end first: LiteLLM's callback, the caller's own return, or a thread whose caller has given up.
+Whether there is another one is decided in `call.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import threading
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import dspy
+
+from dspy_resilient import providers
+from dspy_resilient.cache import Answer
+from dspy_resilient.circuit import Kind, Outcome, classify
+from dspy_resilient.errors import DeadlineExceededError
+from dspy_resilient.route import setting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dspy_resilient.call import Call
+    from dspy_resilient.circuit import GatePass, Verdict
+    from dspy_resilient.limits import Slot
+    from dspy_resilient.route import Admission, Route
+    from dspy_resilient.target import Target
+
+try:  # what an adapter of DSPy 3.4 sets to say that a messages= call is its own
+    from dspy.clients._deprecation import _adapter_call, adapter_message_call
+except ImportError:  # DSPy 3.5 has no such calls any more
+    _adapter_call = adapter_message_call = None
+
+_sending: ContextVar[bool] = ContextVar("dspy_resilient_sending", default=False)
+
+
+def is_sending() -> bool:
+    """Whether the caller runs inside an attempt of ours, and so may not wait for a flight."""
+    return _sending.get()
+
+
+def called_by_adapter(lm: object, messages: object) -> bool:
+    """Whether one of DSPy's adapters has marked this very call as its own."""
+    mark = _adapter_call.get() if _adapter_call is not None else None
+    return mark is not None and mark[0] is lm and mark[1] is messages
+
+
+class _CountingStream:
+    """A consumer's stream that notices when the first chunk has gone out, or nobody is there."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.emitted = False
+
+    async def send(self, item: Any) -> None:
+        self.emitted = True
+        await self._stream.send(item)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Attempt:
+    """One request to one target.
+
+    Attributes:
+        target: Where it goes.
+        call: Which call it belongs to.
+        limit: Seconds it may take (what is left until the deadline), or inf.
+        emitted: Whether a chunk has reached the consumer of a stream.
+        seconds: How long it took, once it has ended.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        call: Call,
+        route: Route,
+        admission: Admission,
+        passage: GatePass,
+        slot: Slot | None,
+    ) -> None:
+        self.target = target
+        self.call = call
+        self.seconds = 0.0
+        self._route = route
+        self._admission = admission
+        self._passage = passage
+        self._slot = slot
+        self._clock = target.runtime.clock
+        self._started = self._clock()
+        self.limit = call.left(self._started)
+        self._stream: _CountingStream | None = None
+        self._record: dict[str, Any] | None = None
+        self._verdict: Verdict | None = None
+        self._left_behind = False
+        self._discard = False
+        self._settling = threading.Lock()
+
+    @property
+    def label(self) -> str:
+        """Return the route's label."""
+        return self._route.label
+
+    @property
+    def probe(self) -> bool:
+        """Whether it is the probe of a half-open circuit."""
+        return self._admission.probe
+
+    @property
+    def emitted(self) -> bool:
+        """Whether a chunk has reached the consumer."""
+        return self._stream is not None and self._stream.emitted
+
+    def run(self) -> Answer:
+        """Send the request on this thread and return the answer."""
+        method, args, kwargs = self._prepare()
+        with self._scope(args, kwargs) as twin:
+            return self._answer(method(twin, *args, **kwargs))
+
+    async def arun(self) -> Answer:
+        """Send the request on the running loop and return the answer."""
+        method, args, kwargs = self._prepare()
+        with self._scope(args, kwargs) as twin:
+            return self._answer(await method(twin, *args, **kwargs))
+
+    def _prepare(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        self.target.runtime.tally.add("attempts")
+        method = getattr(self.target.kind, self.call.method)
+        args, kwargs = self.call.args, dict(self.target.kwargs(self.call))
+        lm = self.target.lm
+        if args and isinstance(args[0], dspy.lm15.Request) and args[0].model != lm.model:
+            args = (dataclasses.replace(args[0], model=lm.model), *args[1:])
+        return getattr(method, "__wrapped__", method), args, kwargs
+
+    @contextlib.contextmanager
+    def _scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+        """Set up what DSPy and LiteLLM are to see during the attempt, and nothing beyond it."""
+        with contextlib.ExitStack() as scope:
+            token = _sending.set(True)
+            scope.callback(_sending.reset, token)
+            lm = self.target.lm
+            keywords = {"model": lm.model, **lm.kwargs, **kwargs}
+            watch = providers.watch(self._witness, self._by_keywords(args), keywords)
+            tags = scope.enter_context(watch)
+            twin: Any = self._twin(tags)
+            if settings := self._settings():
+                scope.enter_context(dspy.context(**settings))
+            messages = kwargs.get("messages")
+            if adapter_message_call is not None and messages is not None:
+                scope.enter_context(adapter_message_call(twin, messages))
+            try:
+                yield twin
+            finally:
+                del twin.update_history  # it holds the twin and the attempt in a cycle
+
+    def _by_keywords(self, args: tuple[Any, ...]) -> bool:
+        """Whether LiteLLM sees the keywords of this attempt: not through another engine."""
+        typed = bool(args) and isinstance(args[0], dspy.lm15.Request)
+        return getattr(self.target.lm, "engine", None) == "litellm" and not typed
+
+    def _twin(self, tags: dict[str, Any]) -> Any:
+        """Return a plain copy of the target for one request: no cache, no retries, no callbacks."""
+        lm = self.target.lm
+        twin = object.__new__(self.target.kind)
+        twin.__dict__.update(lm.__dict__)
+        twin.cache = False
+        twin.num_retries = 0
+        twin.callbacks = []
+        twin.history = self.target.history
+        twin.update_history = functools.partial(self._take_record, twin)
+        if tags:
+            twin.kwargs = {**lm.kwargs, **tags}
+        return twin
+
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {}
+        if self.call.streams:
+            self._stream = settings["send_stream"] = _CountingStream(dspy.settings.send_stream)
+        if dspy.settings.disable_history:
+            settings["disable_history"] = False  # the entry tells whether the answer is complete
+            self._discard = True
+        return settings
+
+    def _take_record(self, twin: Any, entry: dict[str, Any]) -> None:
+        """Receive DSPy's history entry, complete it, and pass it on to DSPy."""
+        self._record = entry
+        if self._discard:
+            return
+        entry["kwargs"] = {
+            name: value for name, value in self.call.kwargs.items() if _goes_on_record(name)
+        }
+        entry["attempts"] = self.call.attempts
+        kind: Any = self.target.kind
+        kind.update_history(twin, entry)
+
+    def _answer(self, outputs: Any) -> Answer:
+        if isinstance(outputs, list) and not outputs:
+            raise dspy.LMServerError(
+                "the provider answered without a single choice", model=self.target.lm.model
+            )
+        return Answer.of(outputs, self._record, target=self._route.label, stored_at=self._clock())
+
+    def succeed(self) -> None:
+        """Report the answer to circuit, gate, budget and limits."""
+        self.seconds = self._clock() - self._started
+        self._admission.answered()
+        self._passage.answered()
+        self._route.budget.refund()
+        if self._slot is not None:
+            self._slot.leave(tokens=_tokens(self._record))
+
+    def settle(self, error: BaseException) -> Verdict:
+        """Return the verdict on `error`, reporting it the first time; later calls change nothing."""
+        return self._settle(error, None)
+
+    def _witness(self, evidence: providers.Evidence) -> None:
+        """Hear of a failure from LiteLLM, before the caller does (R30)."""
+        if evidence.error is not None:
+            self._settle(evidence.error, evidence.handed_off)
+
+    def _settle(self, error: BaseException, handed_off: bool | None) -> Verdict:
+        with self._settling:
+            if self._verdict is not None:
+                return self._verdict
+            self.seconds = self._clock() - self._started
+            self._verdict = verdict = self._judge(error, handed_off)
+        if not self._left_behind or verdict.outcome == Outcome.FAILURE:
+            self._report(verdict, error)
+        return verdict
+
+    def _judge(self, error: BaseException, handed_off: bool | None = None) -> Verdict:
+        timeout = setting("timeout", self.target.lm, self.call.kwargs)
+        return classify(
+            error,
+            seconds=self.seconds,
+            timeout=timeout if isinstance(timeout, (int, float)) else None,
+            handed_off=handed_off,
+        )
+
+    def _report(self, verdict: Verdict, error: BaseException) -> None:
+        self._admission.failed(verdict, error)
+        throttled = verdict.kind is Kind.THROTTLED
+        if throttled or (verdict.kind is Kind.FAILURE and verdict.retry_after is not None):
+            self._passage.throttled(verdict.retry_after)
+        else:
+            self._passage.release()
+        if self._slot is not None:
+            self._slot.leave(throttled=throttled, ok=False)
+
+    def leave_behind(self) -> DeadlineExceededError:
+        """Return the error for a caller who gives up while the request goes on (R54).
+
+        Permit, gate and slot stay taken until the request has ended, unless it has run long
+        enough to count as a failure already.
+        """
+        self._left_behind = True
+        return self.out_of_time()
+
+    def arrive_late(self, answer: Answer) -> None:
+        """Report an answer whose caller has given up, and keep it for the next one."""
+        self.succeed()
+        self.target.runtime.store(self.target.key(self.call), answer)
+
+    def fail_late(self, error: BaseException) -> None:
+        """Report a failure whose caller has given up."""
+        self.seconds = self._clock() - self._started
+        self._report(self._judge(error), error)
+
+    def out_of_time(self) -> DeadlineExceededError:
+        """Return the error of an attempt that was under way when the deadline passed."""
+        name = self.target.runtime.name
+        return DeadlineExceededError(
+            f"client {name!r}: no answer within the deadline of {self.call.budget:g} s; "
+            f"{self._route.label} was still being waited for",
+            client=name,
+        )
+
+
+def _goes_on_record(name: str) -> bool:
+    return not name.startswith("api_") and name not in ("prompt", "messages", "request")
+
+
+def _tokens(record: dict[str, Any] | None) -> int | None:
+    total = ((record or {}).get("usage") or {}).get("total_tokens")
+    return total if isinstance(total, int) and math.isfinite(total) else None

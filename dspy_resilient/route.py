@@ -1,0 +1,217 @@
+"""The ways to a provider, each with the circuit, gate, limits and retry budget that guard it.
+
+A way is model, kind of call and endpoint: it has the circuit and the budget. A route is a way with
+a credential: it has the throttle gate, the limits, and a circuit of its own for refused
+credentials, so that one tenant's key or quota never stops another (R26). This module decides
+nothing about order, retries or waiting.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import cachetools
+
+from dspy_resilient.circuit import CircuitState, Kind, Outcome, redacted
+from dspy_resilient.limits import Limiter, RetryBudget
+
+if TYPE_CHECKING:
+    from dspy_resilient.circuit import CircuitBreaker, Permit, Verdict
+    from dspy_resilient.errors import CircuitOpenError
+    from dspy_resilient.runtime import Runtime
+
+_AUTH_FAILURES = 3
+
+
+class Admission:
+    """Leave to send one attempt: the permit of the circuit, and that of the credential's own."""
+
+    __slots__ = ("_access", "_permit", "_route")
+
+    def __init__(self, route: Route, permit: Permit | None, access: Permit | None) -> None:
+        self._route = route
+        self._permit = permit
+        self._access = access
+
+    @property
+    def probe(self) -> bool:
+        """Whether the attempt is a probe of a half-open circuit."""
+        return (self._permit is not None and self._permit.probe) or (
+            self._access is not None and self._access.probe
+        )
+
+    def answered(self) -> None:
+        """Report an answer."""
+        if self._permit is not None:
+            self._permit.success()
+        if self._access is not None:
+            self._access.success()
+
+    def failed(self, verdict: Verdict, error: BaseException) -> None:
+        """Report what `verdict` says, each circuit hearing only what concerns it."""
+        if verdict.kind in (Kind.AUTH, Kind.BILLING):
+            self._route.refuse_credential(self._access, verdict.kind, error)
+        elif self._access is not None:
+            self._access.neutral()
+        if self._permit is None:
+            return
+        if verdict.outcome == Outcome.FAILURE and verdict.kind not in (Kind.AUTH, Kind.BILLING):
+            self._permit.failure(redacted(error), retry_after=verdict.retry_after)
+        else:
+            self._permit.neutral()
+
+
+class Route:
+    """One way to a provider: a circuit per endpoint, and gate, limits and access per credential."""
+
+    def __init__(
+        self, runtime: Runtime, label: str, circuit: CircuitBreaker | None, budget: RetryBudget
+    ) -> None:
+        self.label = label
+        self.circuit = circuit
+        self.budget = budget
+        self.access: CircuitBreaker | None = None
+        self.gate = runtime.new_gate(label)
+        self.limiter = (
+            Limiter(runtime.limits, clock=runtime.clock, client=runtime.name, target=label)
+            if runtime.limits is not None
+            else None
+        )
+        self._runtime = runtime
+
+    def admit(self) -> Admission | None:
+        """Return leave to send one attempt, or None if a circuit refuses."""
+        permit = None
+        if self.circuit is not None:
+            permit = self.circuit.try_admit()
+            if permit is None:
+                return None
+        if self.access is None:
+            return Admission(self, permit, None)
+        access = self.access.try_admit()
+        if access is None:
+            if permit is not None:
+                permit.neutral()
+            return None
+        return Admission(self, permit, access)
+
+    def blocker(self) -> CircuitBreaker:
+        """Return the circuit that refuses longest (the endpoint's own if none does)."""
+        if self.access is None:
+            assert self.circuit is not None  # a route without circuits never refuses
+            return self.circuit
+        circuits = [c for c in (self.circuit, self.access) if c is not None]
+        return max(circuits, key=lambda circuit: circuit.wait_time())
+
+    def wait_time(self) -> float:
+        """Return the seconds until `admit` may succeed; see `CircuitBreaker.wait_time`."""
+        if self.circuit is None and self.access is None:
+            return 0.0
+        return self.blocker().wait_time()
+
+    def rejection(self) -> CircuitOpenError:
+        """Return a fresh error that says why this route is closed, and until when."""
+        return self.blocker().rejection()
+
+    def reset(self) -> None:
+        """Close the circuits and open the gate."""
+        if self.circuit is not None:
+            self.circuit.reset()
+        self.access = None
+        self.gate = self._runtime.new_gate(self.label)
+
+    def explain(self) -> str:
+        """Return what state this route is in, why, and until when."""
+        circuit = None if self.circuit is None and self.access is None else self.blocker()
+        if circuit is None:
+            says = f"{self.label} has no circuit"
+        elif circuit.state == CircuitState.CLOSED:
+            says = f"{self.label} answers; its circuit is closed"
+            if circuit.failure_count:
+                says += f" after {circuit.failure_count} failures in a row"
+        else:
+            left = circuit.wait_time()
+            until = (
+                f"for {left:.1f} s more" if math.isfinite(left) else "until a probe has answered"
+            )
+            says = f"{self.label}: the circuit is {circuit.state} ({circuit.reason}) {until}"
+            if circuit.last_error:
+                says += f"; last error: {circuit.last_error}"
+        pause = self.gate.wait_time()
+        if 0 < pause < math.inf:
+            says += f"; throttled for {pause:.1f} s more"
+        return says + "."
+
+    def refuse_credential(self, permit: Permit | None, kind: Kind, error: BaseException) -> None:
+        """Open the way for this credential alone: at once on billing, after 3 on auth (R26)."""
+        if self.circuit is None:
+            return
+        if self.access is None:
+            self.access = self._runtime.new_circuit(
+                f"{self.label} ({kind})", failure_threshold=_AUTH_FAILURES
+            )
+        (permit or self.access.admit()).failure(redacted(error), reason=str(kind))
+
+
+class Routes:
+    """The routes of one client, made when first used; the least recently used go (R26)."""
+
+    _MOST = 512
+
+    def __init__(self, runtime: Runtime, shared: CircuitBreaker | None = None) -> None:
+        self._runtime = runtime
+        self._shared = shared
+        self._lock = threading.Lock()
+        self._routes: cachetools.LRUCache[tuple[Any, ...], Route] = cachetools.LRUCache(self._MOST)
+        self._ways: cachetools.LRUCache[tuple[Any, ...], tuple[CircuitBreaker | None, RetryBudget]]
+        self._ways = cachetools.LRUCache(self._MOST)
+
+    def find(self, lm: Any, kwargs: dict[str, Any]) -> Route:
+        """Return the route of a call with `kwargs` on `lm`."""
+        endpoint, api_key = endpoint_of(lm, kwargs), setting("api_key", lm, kwargs)
+        way = (lm.model, lm.model_type, endpoint)
+        with self._lock:
+            route = self._routes.get((way, api_key))
+            if route is None:
+                route = self._routes[way, api_key] = self._make(way)
+            return route
+
+    def _make(self, way: tuple[str, str, str]) -> Route:
+        model, _, endpoint = way
+        label = f"{model} at {endpoint}" if endpoint else model
+        if way not in self._ways:
+            runtime = self._runtime
+            circuit = self._shared or (
+                runtime.new_circuit(label) if runtime.circuit_policy else None
+            )
+            self._ways[way] = circuit, RetryBudget(runtime.retry.budget)
+        circuit, budget = self._ways[way]
+        return Route(self._runtime, label, circuit, budget)
+
+    def all(self) -> list[Route]:
+        """Return the routes in use."""
+        with self._lock:
+            return list(self._routes.values())
+
+    def reset(self) -> None:
+        """Bring every route back to its first state; the circuits stay the same objects."""
+        for route in self.all():
+            route.reset()
+
+
+def setting(name: str, lm: Any, kwargs: dict[str, Any]) -> Any:
+    """Return a call's setting: its own keyword, else the client's."""
+    value = kwargs.get(name)
+    return lm.kwargs.get(name) if value is None else value
+
+
+def endpoint_of(lm: Any, kwargs: dict[str, Any]) -> str:
+    """Return the endpoint a call goes to, or "" for the provider's own."""
+    explicit = setting("api_base", lm, kwargs) or setting("base_url", lm, kwargs)
+    if explicit is None:
+        provider = lm.model.partition("/")[0].upper()
+        explicit = os.environ.get(f"{provider}_API_BASE") or os.environ.get(f"{provider}_BASE_URL")
+    return str(explicit).rstrip("/") if explicit else ""

@@ -1,0 +1,228 @@
+"""What a call costs beside plain `dspy.LM`: ratios, interleaved, medians, from one run.
+
+    python tests/benchmarks/calls.py [--rounds N]
+
+Each side runs in a process of its own, because an observer registered with LiteLLM would slow the
+other side down and flatter us; the provider runs in a third. The rounds alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+
+PROMPT = ("The quick brown fox jumps over the lazy dog. " * 14)[:600]
+KEY = "dummy-key-for-benchmarks"
+
+
+def serve(pipe, latency):
+    from dspy_resilient.testing import Provider
+
+    with Provider("Paris", latency=latency, keep=10) as provider:
+        pipe.send(provider.api_base)
+        while (order := pipe.recv()) != "stop":
+            if order == "down":
+                provider.down("500")
+            elif order == "up":
+                provider.up()
+            elif order == "clear":
+                provider.clear()
+            pipe.send(provider.count)
+
+
+def work(pipe, side, bases):
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    import dspy
+
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
+    dspy.settings.configure(max_history_size=100)
+    build = _builder(side, dspy)
+    jobs = {
+        "hit": Hits(build(bases["fast"])),
+        "uncached": Uncached(build(bases["fast"], cache=False)),
+        "auto": Uncached(build(bases["fast"], cache=False, engine="auto")),
+        "threads": Threads(build(bases["slow"], cache=False), 64),
+        "tasks": Tasks(build(bases["slow"], cache=False), 256),
+    }
+    if side == "ours":
+        jobs["rejection"] = Rejections(build(bases["fast"], max_wait=0))
+    pipe.send(sorted(jobs))
+    while (order := pipe.recv()) != "stop":
+        pipe.send(jobs[order]())
+
+
+def _builder(side, dspy):
+    def build(base, **options):
+        options = {"engine": "litellm", "api_base": base, "api_key": KEY, **options}
+        if side == "plain":
+            return dspy.LM("openai/test", **options)
+        from dspy_resilient import CachePolicy, ResilientLM
+
+        if options.get("cache", True):
+            options["cache"] = CachePolicy(disk=None)
+        return ResilientLM("openai/test", **options)
+
+    return build
+
+
+class Hits:
+    def __init__(self, lm):
+        self.lm = lm
+        lm(PROMPT)
+
+    def __call__(self, count=300):
+        begun = time.perf_counter()
+        for _ in range(count):
+            self.lm(PROMPT)
+        return (time.perf_counter() - begun) / count
+
+
+class Uncached:
+    def __init__(self, lm):
+        self.lm = lm
+        for _ in range(5):
+            lm(PROMPT)
+
+    def __call__(self, count=40):
+        begun = time.perf_counter()
+        for _ in range(count):
+            self.lm(PROMPT)
+        return (time.perf_counter() - begun) / count
+
+
+class Rejections:
+    def __init__(self, lm):
+        self.lm = lm
+        lm.circuit.force_open()
+
+    def __call__(self, count=300):
+        begun = time.perf_counter()
+        for number in range(count):
+            try:
+                self.lm(f"{number} {PROMPT}")
+            except Exception as error:
+                assert type(error).__name__ == "CircuitOpenError", error
+        return (time.perf_counter() - begun) / count
+
+
+class Threads:
+    """Seconds per call with all threads busy against a 50 ms provider."""
+
+    def __init__(self, lm, threads):
+        self.lm, self.threads = lm, threads
+
+    def __call__(self, each=4):
+        def body():
+            for _ in range(each):
+                self.lm(PROMPT)
+
+        threads = [threading.Thread(target=body) for _ in range(self.threads)]
+        begun = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return (time.perf_counter() - begun) / (each * self.threads)
+
+
+class Tasks:
+    """Seconds per call with all tasks of one loop busy against a 50 ms provider."""
+
+    def __init__(self, lm, tasks):
+        self.lm, self.tasks = lm, tasks
+        self.runner = asyncio.Runner()
+
+    def __call__(self):
+        async def burst():
+            await asyncio.gather(*(self.lm.acall(PROMPT) for _ in range(self.tasks)))
+
+        begun = time.perf_counter()
+        self.runner.run(burst())
+        return (time.perf_counter() - begun) / self.tasks
+
+
+class Process:
+    """A process that answers orders through a pipe."""
+
+    def __init__(self, target, *args):
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, far = spawn.Pipe()
+        self.process = spawn.Process(target=target, args=(far, *args), daemon=True)
+        self.process.start()
+
+    def ask(self, order):
+        self.pipe.send(order)
+        return self.pipe.recv()
+
+    def stop(self):
+        self.pipe.send("stop")
+        self.process.join(10)
+
+
+BOUNDS = {"hit": 0.4, "uncached": 1.05, "auto": 1.25, "threads": 1 / 0.98, "tasks": 1 / 0.98}
+NAMES = {
+    "hit": "cache hit, 600-character prompt",
+    "uncached": "uncached call, loopback provider",
+    "auto": 'uncached call, engine="auto"',
+    "threads": "64 threads, 50 ms provider",
+    "tasks": "256 tasks, 50 ms provider",
+    "rejection": "rejection while open / one dspy.LM call",
+}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", nargs="*", default=list(NAMES))
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    servers = {"fast": Process(serve, 0.0), "slow": Process(serve, 0.05)}
+    bases = {name: server.pipe.recv() for name, server in servers.items()}
+    sides = {side: Process(work, side, bases) for side in ("plain", "ours")}
+    for side in sides.values():
+        side.pipe.recv()
+    rows = {row: measure(sides, row, options.rounds) for row in options.rows}
+    for process in (*sides.values(), *servers.values()):
+        process.stop()
+    machine = f"{platform.python_implementation()} {platform.python_version()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    if options.json:
+        json.dump({"machine": machine, "rows": rows}, sys.stdout, indent=2)
+        return
+    print(machine)
+    print(f"{'':45} {'dspy.LM':>10} {'ours':>10} {'ratio':>7} {'spread':>13} {'bound':>6}")
+    for row, found in rows.items():
+        spread = f"{found['low']:.3f}-{found['high']:.3f}"
+        print(
+            f"{NAMES[row]:45} {found['plain'] * 1e6:8.0f}us {found['ours'] * 1e6:8.0f}us "
+            f"{found['ratio']:7.3f} {spread:>13} {found['bound']:6.3f}"
+        )
+
+
+def measure(sides, row, rounds):
+    plain_row = "uncached" if row == "rejection" else row
+    times = {"plain": [], "ours": []}
+    for turn in range(rounds):
+        order = [("plain", plain_row), ("ours", row)]
+        for side, job in order if turn % 2 else reversed(order):
+            times[side].append(sides[side].ask(job))
+    ratios = sorted(o / p for o, p in zip(times["ours"], times["plain"], strict=True))
+    return {
+        "plain": statistics.median(times["plain"]),
+        "ours": statistics.median(times["ours"]),
+        "ratio": statistics.median(ratios),
+        "low": ratios[len(ratios) // 4],
+        "high": ratios[-1 - len(ratios) // 4],
+        "bound": BOUNDS.get(row, 0.02),
+    }
+
+
+if __name__ == "__main__":
+    main()
