@@ -51,15 +51,30 @@ def called_by_adapter(lm: object, messages: object) -> bool:
     return mark is not None and mark[0] is lm and mark[1] is messages
 
 
-class _CountingStream:
-    """A consumer's stream that notices when the first chunk has gone out, or nobody is there."""
+class _WatchedStream:
+    """A consumer's stream that notices the first chunk going out, and whether the end came.
+
+    LiteLLM takes a connection that closes early for the end of the answer, and makes up the last
+    chunk. What the provider itself has sent bears its name for the model; the made-up one does not.
+
+    Attributes:
+        emitted: Whether a chunk has reached the consumer.
+        whole: Whether nothing is known to be missing at the end.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.emitted = False
+        self.whole = True
 
     async def send(self, item: Any) -> None:
         self.emitted = True
+        origin = getattr(item, "_hidden_params", None)  # only LiteLLM's chunks have it
+        if origin is not None:
+            choices = getattr(item, "choices", None)
+            if choices:
+                ends = choices[0].finish_reason is not None
+                self.whole = ends and "provider_response_model" in origin
         await self._stream.send(item)
 
     def __getattr__(self, name: str) -> Any:
@@ -96,7 +111,7 @@ class Attempt:
         self._clock = target.runtime.clock
         self._started = self._clock()
         self.limit = call.left(self._started)
-        self._stream: _CountingStream | None = None
+        self._stream: _WatchedStream | None = None
         self._record: dict[str, Any] | None = None
         self._verdict: Verdict | None = None
         self._left_behind = False
@@ -117,6 +132,11 @@ class Attempt:
     def emitted(self) -> bool:
         """Whether a chunk has reached the consumer."""
         return self._stream is not None and self._stream.emitted
+
+    @property
+    def whole(self) -> bool:
+        """Whether the end of the answer was seen, if it was streamed (R42)."""
+        return self._stream is None or self._stream.whole
 
     def run(self) -> Answer:
         """Send the request on this thread and return the answer."""
@@ -182,7 +202,7 @@ class Attempt:
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {}
         if self.call.streams:
-            self._stream = settings["send_stream"] = _CountingStream(dspy.settings.send_stream)
+            self._stream = settings["send_stream"] = _WatchedStream(dspy.settings.send_stream)
         if dspy.settings.disable_history:
             settings["disable_history"] = False  # the entry tells whether the answer is complete
             self._discard = True
@@ -214,11 +234,17 @@ class Attempt:
         self._passage.answered()
         self._route.budget.refund()
         if self._slot is not None:
-            self._slot.leave(tokens=_tokens(self._record))
+            self._slot.leave(tokens=_tokens(self._record), slow=self._route.is_slow(self.seconds))
 
     def settle(self, error: BaseException) -> Verdict:
-        """Return the verdict on `error`, reporting it the first time; later calls change nothing."""
-        return self._settle(error, None)
+        """Return the verdict on `error`, reporting it the first time; later calls change nothing.
+
+        What a stream's consumer has seen is not said again by anybody (R14).
+        """
+        verdict = self._settle(error, None)
+        if self.emitted:
+            return dataclasses.replace(verdict, retry=False, next_target=False)
+        return verdict
 
     def _witness(self, evidence: providers.Evidence) -> None:
         """Hear of a failure from LiteLLM, before the caller does (R30)."""
@@ -252,7 +278,7 @@ class Attempt:
         else:
             self._passage.release()
         if self._slot is not None:
-            self._slot.leave(throttled=throttled, ok=False)
+            self._slot.leave(tokens=0 if throttled else None, throttled=throttled, ok=False)
 
     def leave_behind(self) -> DeadlineExceededError:
         """Return the error for a caller who gives up while the request goes on (R54).
@@ -266,7 +292,7 @@ class Attempt:
     def arrive_late(self, answer: Answer) -> None:
         """Report an answer whose caller has given up, and keep it for the next one."""
         self.succeed()
-        self.target.runtime.store(self.target.key(self.call), answer)
+        self.target.runtime.store(self.target.key(self.call), answer, whole=self.whole)
 
     def fail_late(self, error: BaseException) -> None:
         """Report a failure whose caller has given up."""

@@ -173,7 +173,9 @@ def _announce_hit(client: Runtime, hit: Answer, *, stale: bool = False) -> None:
 def _excuses_stale(error: Exception) -> bool:
     verdict = getattr(error, "verdict", None)
     return isinstance(error, (CircuitOpenError, ThrottledError, AllTargetsFailedError)) or (
-        verdict is not None and verdict.kind in (Kind.FAILURE, Kind.TIMEOUT, Kind.THROTTLED)
+        verdict is not None
+        and verdict.next_target
+        and verdict.kind in (Kind.FAILURE, Kind.TIMEOUT, Kind.THROTTLED)
     )
 
 
@@ -322,12 +324,12 @@ def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[A
         else:
             attempt.succeed()
             call.attempts.append(AttemptSummary(route.label, "answer", attempt.seconds))
-            client.store(target.key(call), answer)
+            client.store(target.key(call), answer, whole=attempt.whole)
             return answer
         _note_failure(call, client, attempt, verdict, failure)
         if lead is not None and (landed := lead.landed) is not None:
             return landed
-        if attempt.emitted or not verdict.retry:
+        if not verdict.retry:
             raise failure
         if verdict.kind is Kind.THROTTLED:
             _check_throttle(call, client, route, failure)
@@ -453,7 +455,7 @@ def _take_slot(
 def _release(passage: GatePass, slot: Slot | None) -> None:
     passage.release()
     if slot is not None:
-        slot.leave(tokens=0)
+        slot.leave(sent=False)
 
 
 def _rejected(client: Runtime, target: Route, error: CallRejectedError) -> CallRejectedError:

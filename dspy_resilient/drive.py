@@ -75,13 +75,13 @@ def _perform(step: Wait | Prepare | Attempt) -> Any:
         return _wait(step)
     if isinstance(step, Prepare):
         return providers.load()
-    if math.isinf(step.limit):
-        return step.run()
     if step.call.streams:
         from anyio import from_thread  # noqa: PLC0415  # a DSPy sync stream runs in AnyIO's thread
 
-        return from_thread.run(functools.partial(_attempt_within, step))
-    return _attempt_in_thread(step)
+        if math.isfinite(step.limit):
+            return from_thread.run(functools.partial(_attempt_within, step))
+        from_thread.run(providers.tend)
+    return step.run() if math.isinf(step.limit) else _attempt_in_thread(step)
 
 
 async def _aperform(step: Wait | Prepare | Attempt) -> Any:
@@ -89,9 +89,7 @@ async def _aperform(step: Wait | Prepare | Attempt) -> Any:
         return await _await(step)
     if isinstance(step, Prepare):
         return await asyncio.to_thread(providers.load)
-    if math.isinf(step.limit):
-        return await step.arun()
-    return await _attempt_within(step)
+    return await (_attempt(step) if math.isinf(step.limit) else _attempt_within(step))
 
 
 def _wait(step: Wait) -> Any:
@@ -122,12 +120,17 @@ async def _await(step: Wait) -> Any:
     return step.future.result()
 
 
+async def _attempt(attempt: Attempt) -> Answer:
+    await providers.tend()
+    return await attempt.arun()
+
+
 async def _attempt_within(attempt: Attempt) -> Answer:
     """Run `attempt` under its time limit; past it the attempt is cancelled."""
     limit = asyncio.timeout(attempt.limit)
     try:
         async with limit:
-            return await attempt.arun()
+            return await _attempt(attempt)
     except TimeoutError:
         if limit.expired():
             raise attempt.out_of_time() from None

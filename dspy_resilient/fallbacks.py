@@ -46,24 +46,20 @@ def check_fallbacks(fallbacks: Any) -> Given:
     return tuple(map(_check, fallbacks))
 
 
-def build_fallbacks(
-    primary: Any, runtime: Runtime, given: Given, *, strict: bool = True
-) -> tuple[Target, ...]:
+def build_fallbacks(primary: Any, runtime: Runtime, given: Given) -> tuple[Target, ...]:
     """Return the targets behind `primary`, in order; a `ResilientLM` brings its own along.
 
     Raises:
-        ValueError: If one leads back to the primary or to an earlier fallback; unless `strict`,
-            it is left out instead.
+        ValueError: If one leads back to the primary or to an earlier fallback.
     """
     targets: list[Target] = []
     for fallback in given:
         for target in _targets(primary, runtime, fallback):
-            if not any(_same(target.lm, lm) for lm in (primary, *(each.lm for each in targets))):
-                targets.append(target)
-            elif strict:
+            if _is_asked(target, primary, targets):
                 raise ValueError(
                     f"ResilientLM: fallbacks lead back to {target.lm.model!r}, which is asked already"
                 )
+            targets.append(target)
     return tuple(targets)
 
 
@@ -72,15 +68,24 @@ def vary_fallbacks(
 ) -> tuple[Given, tuple[Target, ...]]:
     """Return the fallbacks of a copy: a setting given to a copy reaches every target.
 
-    As with a setting given to a call, but for those that belong to the primary's provider.
+    As a setting given to a call does; what belongs to the primary's provider stays there. A
+    fallback that the copy asks already, because it asks another model, is left out.
     """
     settings = {
         name: value
         for name, value in strip_secrets(changes)[0].items()
         if not _is_of_one_provider(name) and not hasattr(primary, name)
     }
-    varied = tuple(each if isinstance(each, str) else each.copy(**settings) for each in given)
-    return varied, build_fallbacks(primary, runtime, varied, strict=False)
+    varied: list[Any] = []
+    targets: list[Target] = []
+    for each in given:
+        fallback = each if isinstance(each, str) else each.copy(**settings)
+        found = _targets(primary, runtime, fallback)
+        fresh = [target for target in found if not _is_asked(target, primary, targets)]
+        if fresh:
+            varied.append(fallback)
+            targets += fresh
+    return tuple(varied), tuple(targets)
 
 
 def _check(fallback: Any) -> Any:
@@ -145,6 +150,10 @@ def _from_name(primary: Any, model: str, *, inherits: bool) -> Any:
 
 def _is_of_one_provider(name: str) -> bool:
     return name in CONNECTION or name == "extra_body" or name.startswith(_OF_ONE_PROVIDER)
+
+
+def _is_asked(target: Target, primary: Any, targets: list[Target]) -> bool:
+    return any(_same(target.lm, lm) for lm in (primary, *(each.lm for each in targets)))
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -82,6 +82,11 @@ class Route:
         )
         self._runtime = runtime
 
+    def is_slow(self, seconds: float) -> bool:
+        """Whether an answer that took `seconds` counts as slow."""
+        slow_call = self.circuit.policy.slow_call if self.circuit is not None else None
+        return slow_call is not None and seconds >= slow_call
+
     def admit(self) -> Admission | None:
         """Return leave to send one attempt, or None if a circuit refuses."""
         permit = None

@@ -93,13 +93,13 @@ class Runtime:
         longest: float = min(self.retry.cap, self.retry.base * 2.0**failures)
         return self.random() * longest
 
-    def store(self, key: str | None, answer: Answer) -> None:
-        """Keep `answer` under `key` if it may be stored (R42)."""
+    def store(self, key: str | None, answer: Answer, *, whole: bool = True) -> None:
+        """Keep `answer` under `key` if it may be stored (R42); `whole` if its end was seen."""
         if key is None:
             return
         store_if = self.options.cache.store_if
         if store_if is None:
-            reason = usable(answer)
+            reason = usable(answer) if whole else "partial"
         else:
             reason = None if self._ask(store_if, answer) else "store_if"
         if reason is None:

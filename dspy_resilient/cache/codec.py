@@ -9,16 +9,18 @@ module reads and writes no file, and runs nothing that it reads.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import orjson
+
 from dspy_resilient.cache.answer import Answer
 
 _DEEPEST = 64
 _TAG = "$"
+_SCALARS = frozenset({str, int, bool, type(None)})
 
 _LIBRARIES = ("litellm.", "openai.")
 _TYPED = frozenset(
@@ -59,7 +61,7 @@ def encode(answer: Answer, stored: float) -> bytes:
 
     Raises:
         TypeError: If JSON cannot hold it faithfully.
-        ValueError: If it nests too deeply, or holds a number that JSON has not.
+        ValueError: If it nests too deeply.
     """
     document = {
         "outputs": _pack(answer.outputs),
@@ -68,8 +70,7 @@ def encode(answer: Answer, stored: float) -> bytes:
         "tokens": answer.tokens,
         "stored": float(stored),
     }
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass")
+    return orjson.dumps(document)
 
 
 def decode(text: bytes) -> tuple[Answer, float]:
@@ -78,7 +79,7 @@ def decode(text: bytes) -> tuple[Answer, float]:
     Raises:
         Exception: Of any kind, if `text` is not what `encode` wrote.
     """
-    document = json.loads(text.decode("utf-8", "surrogatepass"), parse_constant=_refuse_constant)
+    document = orjson.loads(text)
     outputs, record = _unpack(document["outputs"]), _unpack(document["record"])
     target, tokens, stored = document["target"], document["tokens"], document["stored"]
     sound = (
@@ -92,37 +93,40 @@ def decode(text: bytes) -> tuple[Answer, float]:
     return Answer(outputs, record, target, tokens=tokens), stored
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _pack(value: Any, depth: int = 0) -> Any:
+    kind = type(value)
+    if kind in _SCALARS or (kind is float and math.isfinite(value)):
+        return value
     if depth > _DEEPEST:
         raise ValueError("nested too deeply")
-    if isinstance(value, str):
-        return str.__str__(value)
-    if value is None or type(value) in (int, bool, float):
-        return value
-    if isinstance(value, (list, tuple)):
-        items = [_pack(item, depth + 1) for item in value]
-        return items if isinstance(value, list) else _tagged("tuple", items)
     if isinstance(value, dict):
         fields = _pack_fields(value, depth)
-        if type(value) is not dict:
-            return _tagged("attributes", fields)
-        return _tagged("dict", fields) if _TAG in fields else fields
+        if kind is not dict:
+            return {_TAG: "attributes", "of": fields}
+        return {_TAG: "dict", "of": fields} if _TAG in fields else fields
+    if isinstance(value, (list, tuple)):
+        items = [_pack(item, depth + 1) for item in value]
+        return items if isinstance(value, list) else {_TAG: "tuple", "of": items}
+    if isinstance(value, str):
+        return str.__str__(value)
     return _pack_object(value, depth)
 
 
 def _pack_object(value: Any, depth: int) -> dict[str, Any]:
     kind = type(value)
+    if kind.__module__.startswith(_LIBRARIES) and hasattr(kind, "__pydantic_fields__"):
+        state = value.__getstate__()
+        fields = {n: item for n, item in state["__dict__"].items() if not n.startswith("_")}
+        extra = state["__pydantic_extra__"]
+        return {
+            _TAG: "object",
+            "class": f"{kind.__module__}:{kind.__name__}",
+            "unset": sorted(fields.keys() - state["__pydantic_fields_set__"]),
+            "of": [_pack_fields(fields, depth), extra and _pack_fields(extra, depth)],
+        }
     if kind.__name__ in _TYPED and _typed(kind.__name__) is kind:
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        return _tagged("typed", _pack_fields(fields, depth), kind.__name__)
-    if kind.__module__.startswith(_LIBRARIES) and hasattr(kind, "model_construct"):
-        fields = {**vars(value), **(getattr(value, "__pydantic_extra__", None) or {})}
-        fields = {name: item for name, item in fields.items() if not name.startswith("_")}
-        return _tagged("object", _pack_fields(fields, depth), f"{kind.__module__}:{kind.__name__}")
+        return {_TAG: "typed", "class": kind.__name__, "of": _pack_fields(fields, depth)}
     raise TypeError(f"a {kind.__name__} cannot be kept as JSON")
 
 
@@ -132,10 +136,6 @@ def _pack_fields(fields: dict[Any, Any], depth: int) -> dict[str, Any]:
     return {name: _pack(item, depth + 1) for name, item in fields.items()}
 
 
-def _tagged(form: str, content: Any, name: str = "") -> dict[str, Any]:
-    return {_TAG: form, "of": content, **({"class": name} if name else {})}
-
-
 def _unpack(value: Any, depth: int = 0) -> Any:
     if depth > _DEEPEST:
         raise ValueError("nested too deeply")
@@ -143,7 +143,7 @@ def _unpack(value: Any, depth: int = 0) -> Any:
         return [_unpack(item, depth + 1) for item in value]
     if isinstance(value, dict):
         if _TAG in value:
-            return _FORMS[value[_TAG]](_unpack_all(value["of"], depth), value.get("class"))
+            return _FORMS[value[_TAG]](_unpack_all(value["of"], depth), value)
         return _unpack_all(value, depth)
     return value
 
@@ -160,25 +160,35 @@ def _typed(name: str) -> Any:
     return getattr(lm15, name, None)
 
 
-def _rebuilt_typed(fields: dict[str, Any], name: str) -> Any:
-    if name not in _TYPED:
-        raise ValueError(f"no such type: {name!r}")
-    return _typed(name)(**fields)
+def _rebuilt_typed(fields: dict[str, Any], tagged: dict[str, Any]) -> Any:
+    if tagged["class"] not in _TYPED:
+        raise ValueError(f"no such type: {tagged['class']!r}")
+    return _typed(tagged["class"])(**fields)
 
 
-def _rebuilt_object(fields: dict[str, Any], place: str) -> Any:
-    """Return an object of the class at `place` if that is loaded, without running its checks."""
-    module, _, name = place.partition(":")
-    cls = getattr(sys.modules.get(module), name, None) if module.startswith(_LIBRARIES) else None
-    if not (isinstance(cls, type) and hasattr(cls, "model_construct")):
-        return Attributes(fields)
-    rebuilt = cls.model_construct(**fields)
-    for unset in vars(rebuilt).keys() - fields.keys():  # what the class would fill in by itself
-        del vars(rebuilt)[unset]
+def _rebuilt_object(state: list[Any], tagged: dict[str, Any]) -> Any:
+    """Return an object of the class named, if that is loaded: filled as unpickling would."""
+    fields, extra = state
+    module, _, name = tagged["class"].partition(":")
+    cls: Any = None
+    if module.startswith(_LIBRARIES):
+        cls = getattr(sys.modules.get(module), name, None)
+    if not hasattr(cls, "__pydantic_fields__"):
+        return Attributes({**fields, **(extra or {})})
+    rebuilt = cls.__new__(cls)
+    rebuilt.__setstate__(
+        {
+            "__dict__": fields,
+            "__pydantic_extra__": extra,
+            "__pydantic_fields_set__": {*fields, *(extra or ())}.difference(tagged["unset"]),
+            "__pydantic_private__": None,
+        }
+    )
+    rebuilt.model_post_init(None)  # private attributes begin at their defaults
     return rebuilt
 
 
-_FORMS: dict[str, Callable[[Any, Any], Any]] = {
+_FORMS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "tuple": lambda items, _: tuple(items),
     "dict": lambda fields, _: dict(fields),
     "attributes": lambda fields, _: Attributes(fields),

@@ -31,6 +31,9 @@ _GROUP_BYTES = 4 * 2**20
 _SHARDS = 256
 _BLOCK = 4096
 _ABANDONED = 3600.0
+_DRAFT = ".tmp"
+_SHARD = re.compile("[0-9a-f]{2}")
+_OURS = re.compile(rf"[0-9a-f]{{64}}\.json(\.[0-9a-f]{{12}}\{_DRAFT})?")
 # A link or a pipe in an entry's place is no entry; opening a pipe would block for ever.
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _READ |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -123,10 +126,8 @@ class DiskCache:
         """Remove every entry of the folder, other processes' too, and nothing that is not ours."""
         try:
             for shard in self._shards():
-                for file in _files(shard):
-                    file.unlink(missing_ok=True)
-                with suppress(OSError):
-                    shard.rmdir()
+                for _, _, path in self._removable(shard):
+                    Path(path).unlink(missing_ok=True)
         except (OSError, ValueError) as error:
             self._fault("clear", error)
 
@@ -145,7 +146,7 @@ class DiskCache:
 
     def _write(self, path: str, text: bytes) -> None:
         place = Path(path)
-        draft = Path(f"{path}.{os.urandom(6).hex()}.tmp")
+        draft = Path(f"{path}.{os.urandom(6).hex()}{_DRAFT}")
         try:
             try:
                 file = draft.open("xb")
@@ -155,15 +156,17 @@ class DiskCache:
                 file = draft.open("xb")
             with file:
                 file.write(text)
+            # To rename over a file makes some file systems write it out at once, which takes
+            # milliseconds; no entry for a moment is only a miss.
+            place.unlink(missing_ok=True)
             draft.replace(place)
         except BaseException:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 draft.unlink()
             raise
 
-    def _shards(self) -> list[Path]:
-        folder = Path(self.folder)
-        return [each for each in folder.iterdir() if _SHARD.fullmatch(each.name) and each.is_dir()]
+    def _shards(self) -> list[os.DirEntry[str]]:
+        return [each for each in _listed(self.folder) if _SHARD.fullmatch(each.name)]
 
     def _is_turn_of(self, key: str, size: int) -> bool:
         """Whether to look after the group now: about once per sixteenth of its limit written.
@@ -176,18 +179,27 @@ class DiskCache:
     def _trim(self, key: str) -> None:
         """Bring the group of `key` under seven eighths of its limit, if it is over the limit."""
         group = int(key[:2], 16) % self._groups
-        abandoned = self._wall() - _ABANDONED
         try:
             shards = (each for each in self._shards() if int(each.name, 16) % self._groups == group)
-            found = sorted(facts for shard in shards for facts in _facts(shard))
+            found = sorted(facts for shard in shards for facts in self._removable(shard))
             total = sum(size for _, size, _ in found)
             surplus = total - self._group_limit * 7 // 8 if total > self._group_limit else 0
-            for changed, size, file in found:
-                if surplus > 0 or (file.suffix == ".tmp" and changed < abandoned):
-                    file.unlink(missing_ok=True)
+            for _, size, path in found:
+                if surplus > 0 or path.endswith(_DRAFT):
+                    Path(path).unlink(missing_ok=True)
                     surplus -= size
         except OSError as error:
             self._fault("trim", error)
+
+    def _removable(self, shard: os.DirEntry[str]) -> Iterator[tuple[float, int, str]]:
+        """Yield time of change, bytes taken up and path of each entry and each abandoned draft."""
+        abandoned = self._wall() - _ABANDONED
+        for file in _listed(shard.path):
+            if _OURS.fullmatch(file.name):
+                with suppress(FileNotFoundError):
+                    facts = file.stat(follow_symlinks=False)
+                    if not file.name.endswith(_DRAFT) or facts.st_mtime < abandoned:
+                        yield facts.st_mtime, -(-facts.st_size // _BLOCK) * _BLOCK, file.path
 
     def _fault(self, doing: str, error: Exception) -> None:
         self.errors = next(self._faults)
@@ -204,22 +216,12 @@ class DiskCache:
             )
 
 
-_SHARD = re.compile("[0-9a-f]{2}")
-_OURS = re.compile(r"[0-9a-f]{64}\.json(\.[0-9a-f]{12}\.tmp)?")
-
-
 def _head(key: str, body: bytes) -> bytes:
     """Return the first line of an entry: it ties the body to its key and shows any damage."""
     return _FORMAT + hashlib.sha256(key.encode() + b"\n" + body).hexdigest().encode()
 
 
-def _files(shard: Path) -> Iterator[Path]:
-    return (each for each in shard.iterdir() if _OURS.fullmatch(each.name))
-
-
-def _facts(shard: Path) -> Iterator[tuple[float, int, Path]]:
-    """Yield time of change, bytes taken up and path of every file; files may vanish meanwhile."""
-    for file in _files(shard):
-        with suppress(FileNotFoundError):
-            facts = file.lstat()
-            yield facts.st_mtime, -(-facts.st_size // _BLOCK) * _BLOCK, file
+def _listed(folder: str) -> list[os.DirEntry[str]]:
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
+        return list(found)
+    return []

@@ -48,7 +48,7 @@ def _short_hash(text: str) -> str:
 def _file_name(name: str) -> str:
     """Return `name` as one path component; names that had to be changed stay apart."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:64].lstrip(".")
-    return safe if safe == name else f"{safe}-{_short_hash(name)}"
+    return safe if safe == name != "" else f"{safe}-{_short_hash(name)}"
 
 
 def _dspys_folder() -> Any:

@@ -14,13 +14,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dspy_resilient.circuit.compat import Wrapping, package_policy
-from dspy_resilient.circuit.fork import renew_after_fork
+from dspy_resilient.circuit.describe import describe
 from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.circuit.permit import Permit
-from dspy_resilient.circuit.redact import describe
 from dspy_resilient.circuit.state import CircuitState, Outcome
 from dspy_resilient.circuit.waiting import Places, Signals, Turnstile
 from dspy_resilient.errors import CircuitOpenError
+from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.policies import CircuitPolicy, number
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from dspy_resilient.events import Listener
 
 _NO_GENERATION = -1
-_CLOSED, _FORCED_CLOSED = CircuitState.CLOSED, CircuitState.FORCED_CLOSED
+_CLOSED = CircuitState.CLOSED
+_SUCCESS, _FAILURE = Outcome.SUCCESS, Outcome.FAILURE
 
 
 class CircuitBreaker(Turnstile, Wrapping):
@@ -117,7 +118,7 @@ class CircuitBreaker(Turnstile, Wrapping):
         )
         self._rejected = 0
         if name is not None:
-            self._register(name)
+            self._enter_monitor(name)
         renew_after_fork(self)
 
     # Asking and reporting
@@ -133,9 +134,12 @@ class CircuitBreaker(Turnstile, Wrapping):
                 after that, or after `probe_lease` if that is longer, gives up its place.
         """
         machine = self._machine
+        generation = machine.generation  # without the lock: read first, so that it is never ahead
+        if machine.state is _CLOSED:
+            return Permit(self, generation, self._clock())
         with self._lock:
             now = self._clock()
-            if machine.state is _CLOSED or machine.state is _FORCED_CLOSED:
+            if machine.passes:
                 return Permit(self, machine.generation, now)
             if machine.lets_probe(now):
                 permit = Permit(self, machine.generation, now, probe=True)
@@ -191,7 +195,7 @@ class CircuitBreaker(Turnstile, Wrapping):
         reason: str = "failures",
     ) -> None:
         """Take the report of `permit`; called by its own methods."""
-        text = describe(error)  # runs the error's __str__, so before the lock
+        text = None if error is None else describe(error)  # runs its __str__: not under the lock
         machine = self._machine
         with self._lock:
             if permit.reported:
@@ -199,10 +203,10 @@ class CircuitBreaker(Turnstile, Wrapping):
             permit.reported = True
             if permit.generation != machine.generation:
                 return
-            if outcome is Outcome.SUCCESS:
+            if outcome is _SUCCESS:
                 now = self._clock()
                 machine.succeed(now, now - permit.started_at)
-            elif outcome is Outcome.FAILURE:
+            elif outcome is _FAILURE:
                 machine.fail(self._clock(), reason, text, retry_after)
             if permit.probe:
                 machine.free(permit)
@@ -226,7 +230,7 @@ class CircuitBreaker(Turnstile, Wrapping):
         An open circuit stays as it is, but for a `retry_after` (seconds, at most
         `max_recovery_time`) that is longer than what remains. A forced one does not change.
         """
-        text = describe(error)
+        text = None if error is None else describe(error)
         with self._lock:
             machine, now = self._machine, self._clock()
             state = machine.seen(now)
@@ -277,10 +281,10 @@ class CircuitBreaker(Turnstile, Wrapping):
         """Make the circuit usable in a forked child, where its callers do not exist."""
         torn = not self._lock.acquire(blocking=False)  # another thread was in the middle of it
         self._lock = threading.RLock()
-        self._signals.renew()
-        self._places.clear()
         if torn:
-            self.reset()
+            self._machine.forget(self._clock())
+        self._places.clear()
+        self._signals.renew()
 
     # Looking
 

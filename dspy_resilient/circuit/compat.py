@@ -6,7 +6,6 @@ through them; the state is kept by `breaker.py`.
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
 from abc import abstractmethod
@@ -129,7 +128,10 @@ class Wrapping(circuitbreaker.CircuitBreaker):
         for place in reversed(range(len(entered))):
             if entered[place].circuit is self:
                 _entered.set(entered[:place] + entered[place + 1 :])
-                self.settle(entered[place], error)
+                if error is None:
+                    entered[place].success()
+                else:
+                    self.settle(entered[place], error)
                 return
 
     async def __aenter__(self) -> Permit:
@@ -145,12 +147,10 @@ class Wrapping(circuitbreaker.CircuitBreaker):
         """Do what `__exit__` does."""
         self.__exit__(kind, error, traceback)
 
-    def settle(self, permit: Permit, error: BaseException | None) -> None:
-        """Report through `permit` what `error` (None: a normal end) says about the provider."""
+    def settle(self, permit: Permit, error: BaseException) -> None:
+        """Report through `permit` what `error` says about the provider."""
         try:
-            if error is None:
-                permit.success()
-            elif (
+            if (
                 isinstance(error, Exception)
                 and not isinstance(error, _OURS)
                 and self.is_failure(type(error), error)
@@ -162,7 +162,7 @@ class Wrapping(circuitbreaker.CircuitBreaker):
     def decorate(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function` guarded by this circuit; it names a circuit that has no name."""
         if self.name is None:
-            self._register(getattr(function, "__qualname__", type(function).__qualname__))
+            self._enter_monitor(getattr(function, "__qualname__", type(function).__qualname__))
         if isasyncgenfunction(function):
             return self._decorate_async_generator(function)
         if iscoroutinefunction(function):
@@ -204,16 +204,26 @@ class Wrapping(circuitbreaker.CircuitBreaker):
         permit = self.try_admit()
         if permit is None:
             return self._instead()(*args, **kwargs)
-        with _Settled(self, permit):
-            return func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except BaseException as error:
+            self.settle(permit, error)
+            raise
+        permit.success()
+        return result
 
     async def call_async(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do what `call` does for a coroutine function."""
         permit = self.try_admit()
         if permit is None:
             return await self._instead()(*args, **kwargs)
-        with _Settled(self, permit):
-            return await func(*args, **kwargs)
+        try:
+            result = await func(*args, **kwargs)
+        except BaseException as error:
+            self.settle(permit, error)
+            raise
+        permit.success()
+        return result
 
     def call_generator(
         self, func: Callable[..., Any], *args: Any, **kwargs: Any
@@ -222,8 +232,13 @@ class Wrapping(circuitbreaker.CircuitBreaker):
         permit = self.try_admit()
         if permit is None:
             return (yield from self._instead()(*args, **kwargs))
-        with _Settled(self, permit):
-            return (yield from func(*args, **kwargs))
+        try:
+            result = yield from func(*args, **kwargs)
+        except BaseException as error:
+            self.settle(permit, error)
+            raise
+        permit.success()
+        return result
 
     async def call_async_generator(
         self, func: Callable[..., Any], *args: Any, **kwargs: Any
@@ -234,10 +249,14 @@ class Wrapping(circuitbreaker.CircuitBreaker):
             async for item in self._instead()(*args, **kwargs):
                 yield item
             return
-        with _Settled(self, permit):
+        try:
             async with aclosing(func(*args, **kwargs)) as items:
                 async for item in items:
                     yield item
+        except BaseException as error:
+            self.settle(permit, error)
+            raise
+        permit.success()
 
     def _instead(self) -> Callable[..., Any]:
         if self.fallback_function is None:
@@ -263,13 +282,14 @@ class Wrapping(circuitbreaker.CircuitBreaker):
     @property
     def open_until(self) -> datetime:
         """Wall-clock time until which every call is refused, for people; the last one if for ever."""
-        if math.isinf(self.open_remaining):
+        try:
+            until: datetime = super().open_until
+        except OverflowError:
             return datetime.max.replace(tzinfo=UTC)
-        until: datetime = super().open_until
         return until
 
-    def _register(self, name: str) -> None:
-        """Enter the monitor under `name` or the first free variation of it, and take that name."""
+    def _enter_monitor(self, name: str) -> None:
+        """Take `name`, or the first free variation of it, and be found under it while alive."""
         entries: dict[str, Any] = circuitbreaker.CircuitBreakerMonitor.circuit_breakers
         for unique in chain([name], (f"{name}-{n}" for n in count(2))):
 
@@ -281,24 +301,3 @@ class Wrapping(circuitbreaker.CircuitBreaker):
             if entries.setdefault(unique, entry) is entry:
                 self._name = unique
                 return
-
-
-class _Settled:
-    """A block whose end is the report of `permit`; one per call, so safe across any switch."""
-
-    __slots__ = ("_breaker", "_permit")
-
-    def __init__(self, breaker: Wrapping, permit: Permit) -> None:
-        self._breaker = breaker
-        self._permit = permit
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._breaker.settle(self._permit, error)

@@ -13,9 +13,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dspy_resilient.circuit.fork import renew_after_fork
 from dspy_resilient.circuit.waiting import Places, Signals, Turnstile
 from dspy_resilient.events import Throttled
+from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.policies import number
 
 if TYPE_CHECKING:

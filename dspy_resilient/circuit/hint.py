@@ -15,13 +15,13 @@ from dspy_resilient.circuit.causes import Causes
 
 WallClock = Callable[[], float]
 
-_DAY = 86_400.0
+_LONGEST = 31 * 86_400.0  # a monthly quota; what is longer is a date, or a mistake
 _LONGEST_TEXT = 64
 _BUSY = (429, 503, 529)
 
 _RESET = re.compile(r"x-ratelimit-reset-.+|anthropic-ratelimit-.+-reset")
-_SPAN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)")
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SPAN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|d)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
 def retry_after(
@@ -34,7 +34,7 @@ def retry_after(
     Read from DSPy's `retry_after`, else from the headers that any error of the chain carries:
     retry-after-ms, retry-after (seconds or a date), and, after a 429, 503 or 529, the reset times
     of the limits that are used up (or of the first to be renewed, where none is said to be).
-    What is not a number of seconds between 0 and a day is ignored.
+    What is not a number of seconds between 0 and a month is ignored.
 
     Args:
         error: What an attempt raised.
@@ -98,4 +98,4 @@ def _seconds(value: object, *, unit: float = 1.0) -> float | None:
         seconds = float(value) * unit
     except (ValueError, OverflowError):
         return None
-    return seconds if 0 <= seconds <= _DAY else None
+    return seconds if 0 <= seconds <= _LONGEST else None

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _AT_ONCE = frozenset({"billing"})
 """Reasons for which one failure is enough: repeating the call cannot help."""
 
-_PASSING = (CircuitState.CLOSED, CircuitState.FORCED_CLOSED)
+_CLOSED, _HALF_OPEN = CircuitState.CLOSED, CircuitState.HALF_OPEN
+_PASSING = (_CLOSED, CircuitState.FORCED_CLOSED)
 _REFUSING = (CircuitState.OPEN, CircuitState.FORCED_OPEN)
 
 
@@ -41,7 +42,7 @@ class Machine:
         open_until: The clock's reading at which OPEN or FORCED_OPEN ends; inf for without end.
         generation: Number of changes so far.
         failures: Failures since the last success.
-        openings: Consecutive openings, less those forgiven when it last closed.
+        openings: Consecutive openings, as of the last change; `held` forgives some while closed.
         reason: Why it last opened.
         last_error: Redacted text of the last failure.
     """
@@ -56,7 +57,7 @@ class Machine:
         **facts: Any,
     ) -> None:
         self.policy = policy
-        self.state = CircuitState.CLOSED
+        self.state = _CLOSED
         self.since = self.open_until = now
         self.generation = 0
         self.failures = 0
@@ -74,17 +75,22 @@ class Machine:
 
     def seen(self, now: float) -> CircuitState:
         """Return the state as a caller would find it."""
-        if self.state in _REFUSING and now >= self.open_until:
-            return CircuitState.HALF_OPEN
+        if self.refuses and now >= self.open_until:
+            return _HALF_OPEN
         return self.state
 
     def wait(self, now: float) -> float:
         """Return the seconds until a call would be let in; inf if nobody can tell."""
-        if self.state in _PASSING:
+        if self.passes:
             return 0.0
-        if self.state in _REFUSING:
+        if self.refuses:
             return max(0.0, self.open_until - now)
         return 0.0 if self.has_place(now) else math.inf
+
+    @property
+    def passes(self) -> bool:
+        """Whether it lets every call through."""
+        return self.state in _PASSING
 
     @property
     def refuses(self) -> bool:
@@ -97,7 +103,7 @@ class Machine:
 
     def lets_probe(self, now: float) -> bool:
         """Whether a call that found it not closed may go as a probe; becomes half-open if due."""
-        if self.state is not CircuitState.HALF_OPEN:
+        if self.state is not _HALF_OPEN:
             if now < self.open_until:
                 return False
             self.become_half_open(now)
@@ -105,8 +111,9 @@ class Machine:
 
     def succeed(self, now: float, seconds: float) -> None:
         """Count a success that took `seconds`."""
-        slow = self.policy.slow_call is not None and seconds >= self.policy.slow_call
-        if self.state is CircuitState.HALF_OPEN:
+        limit = self.policy.slow_call
+        slow = limit is not None and seconds >= limit
+        if self.state is _HALF_OPEN:
             if slow:
                 self.open(now, "slow")
                 return
@@ -116,7 +123,7 @@ class Machine:
             return
         self.failures = 0
         window = self._window
-        window.add(now, failed=False, slow=slow)
+        window.add(now, False, slow)
         if slow and self._reached(window.slow, self.policy.slow_rate):
             self._trip(now, "slow", None, None)
 
@@ -124,11 +131,11 @@ class Machine:
         """Count a failure."""
         self.failures += 1
         self.last_error = error
-        if self.state is CircuitState.HALF_OPEN:
+        if self.state is _HALF_OPEN:
             self.open(now, reason, error, retry_after)
             return
         window = self._window
-        window.add(now, failed=True, slow=False)
+        window.add(now, True, False)
         if (
             self.failures >= self.policy.failure_threshold
             or self._reached(window.failures, self.policy.failure_rate)
@@ -149,9 +156,9 @@ class Machine:
         retry_after: float | None = None,
     ) -> None:
         """Open for as long as this opening in a row deserves, `retry_after` being the least."""
-        self.openings = self.held(now) + 1
-        seconds = max(self._open_time(), self._floor(retry_after))
+        seconds = max(self._open_time(self.held(now)), self._floor(retry_after))
         self.refuse(now, CircuitState.OPEN, seconds, reason, error)
+        self.openings += 1
 
     def extend(self, now: float, retry_after: float | None) -> None:
         """Stay open until `retry_after` seconds from now if that is later than planned."""
@@ -161,7 +168,7 @@ class Machine:
         self, now: float, state: CircuitState, seconds: float, reason: str, error: str | None
     ) -> None:
         """Become `state`, one that refuses, for `seconds`."""
-        if self.state in _PASSING:
+        if self.passes:
             self._left_closed = now
         self._enter(state, now)
         self.open_until = now + seconds
@@ -171,16 +178,16 @@ class Machine:
 
     def become_half_open(self, now: float) -> None:
         """Let probes through from now on."""
-        if self.state in _PASSING:
+        if self.passes:
             self._left_closed = now
-        self._enter(CircuitState.HALF_OPEN, now)
+        self._enter(_HALF_OPEN, now)
         self._note(CircuitHalfOpened, now)
 
-    def close(self, now: float, state: CircuitState = CircuitState.CLOSED) -> None:
+    def close(self, now: float, state: CircuitState = _CLOSED) -> None:
         """Become `state`, one that lets calls through, with nothing counted yet."""
-        was_closed = self.state in _PASSING
-        self.openings = min(self.held(now), self._steps + 1)
+        was_closed = self.passes
         self._enter(state, now)
+        self.openings = min(self.openings, self._steps + 1)
         self.failures = 0
         self._window.clear()
         if not was_closed:
@@ -193,7 +200,7 @@ class Machine:
         self.reason = self.last_error = None
 
     def _trip(self, now: float, reason: str, error: str | None, retry_after: float | None) -> None:
-        if self.state is CircuitState.CLOSED:
+        if self.state is _CLOSED:
             self.open(now, reason, error, retry_after)
 
     def _reached(self, count: int, rate: float) -> bool:
@@ -202,7 +209,7 @@ class Machine:
 
     def held(self, now: float) -> int:
         """Openings still held against the provider: one is forgiven per `recovery_time` closed."""
-        if self.state not in _PASSING or not self.openings:
+        if not self.passes or not self.openings:
             return self.openings
         return max(0, self.openings - int((now - self.since) // self.policy.recovery_time))
 
@@ -212,15 +219,16 @@ class Machine:
             return 0.0
         return min(retry_after, self.policy.max_recovery_time)
 
-    def _open_time(self) -> float:
-        policy, steps = self.policy, self.openings - 1
+    def _open_time(self, steps: int) -> float:
+        policy = self.policy
         seconds = policy.max_recovery_time
         if steps < self._steps:
             seconds = min(seconds, policy.recovery_time * policy.backoff**steps)
         return seconds * (1 + policy.jitter * (2 * self._random() - 1))
 
     def _enter(self, state: CircuitState, now: float) -> None:
-        self.state = state
+        self.openings = self.held(now)
+        self.state = state  # before the generation: see `CircuitBreaker.try_admit`
         self.since = now
         self.generation += 1
         self._successes = 0

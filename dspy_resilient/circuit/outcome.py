@@ -201,12 +201,12 @@ def _without_wire(causes: Causes, *, handed_off: bool) -> Kind:
 
 
 def _is_unreadable_answer(causes: Causes, *, handed_off: bool) -> bool:
-    """Whether an answer came that LiteLLM could not read; for Gemini it calls that a 422."""
+    """Whether an answer came that LiteLLM could not read; of Gemini's it makes a 422."""
     if len(causes.chain) == 1:
         return False  # nobody took it for an answer
-    return not _UNREADABLE.isdisjoint(causes.names) or (
-        handed_off and causes.status == 422 and not _UNEXPECTED.isdisjoint(causes.names)  # noqa: PLR2004
-    )
+    if not _UNREADABLE.isdisjoint(causes.names):
+        return handed_off or causes.status != 400  # noqa: PLR2004  # our own tool call, misspelt
+    return handed_off and causes.status == 422 and not _UNEXPECTED.isdisjoint(causes.names)  # noqa: PLR2004
 
 
 def _named(rules: Iterable[tuple[Kind, set[str]]], causes: Causes) -> Kind | None:

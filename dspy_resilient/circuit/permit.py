@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from dspy_resilient.circuit.breaker import CircuitBreaker
 
+_SUCCESS, _FAILURE, _NEUTRAL = Outcome.SUCCESS, Outcome.FAILURE, Outcome.NEUTRAL  # faster
+
 
 class Permit:
     """Leave to make one call. The first report counts, on whatever thread; later ones do nothing.
@@ -49,7 +51,7 @@ class Permit:
 
     def success(self) -> None:
         """Report an answer. It counts as slow if it took `CircuitPolicy.slow_call` or longer."""
-        self.circuit.record(self, Outcome.SUCCESS)
+        self.circuit.record(self, _SUCCESS)
 
     def failure(
         self,
@@ -66,11 +68,11 @@ class Permit:
                 circuit, it stays open for at least so long (at most `max_recovery_time`).
             reason: Why the circuit is open if this failure opens it; "billing" does so at once.
         """
-        self.circuit.record(self, Outcome.FAILURE, error, retry_after=retry_after, reason=reason)
+        self.circuit.record(self, _FAILURE, error, retry_after=retry_after, reason=reason)
 
     def neutral(self) -> None:
         """Report that the call says nothing about the provider; gives a probe's place back."""
-        self.circuit.record(self, Outcome.NEUTRAL)
+        self.circuit.record(self, _NEUTRAL)
 
     def __enter__(self) -> Self:
         """Return the permit itself."""

@@ -66,7 +66,7 @@ class Signals:
     noted, one at a time, on a thread that happens to send; a fault of the listener is logged once.
     """
 
-    __slots__ = ("_called", "_delivering", "_events", "_faulty", "_line", "_listener")
+    __slots__ = ("_called", "_delivering", "_events", "_faulty", "_line", "_listener", "pending")
 
     def __init__(self, listener: Listener | None) -> None:
         self._listener = listener
@@ -75,16 +75,12 @@ class Signals:
         self._events: deque[Event] = deque()
         self._delivering = threading.Lock()
         self._faulty = False
+        self.pending = False  # whether there may be anything to send
 
     @property
     def waiting(self) -> int:
         """Waiters in line."""
         return len(self._line)
-
-    @property
-    def pending(self) -> bool:
-        """Whether there is anything to send."""
-        return bool(self._called or self._events)
 
     def enlist(self, waiter: Future[None]) -> None:
         """Put `waiter` at the end of the line; needs the lock."""
@@ -102,12 +98,14 @@ class Signals:
             waiter, _ = self._line.popitem(last=False)
             if waiter.set_running_or_notify_cancel():
                 self._called.append(waiter)
+                self.pending = True
                 count -= 1
 
     def note(self, event: Event) -> None:
         """Keep `event` for the listener, if there is one; needs the lock."""
         if self._listener is not None:
             self._events.append(event)
+            self.pending = True
 
     def renew(self) -> None:
         """Forget everything: in a forked child nobody waits."""
@@ -117,6 +115,7 @@ class Signals:
 
     def send(self) -> None:
         """Resolve the called waiters and deliver the events; without the lock."""
+        self.pending = False
         while self._called:
             try:
                 waiter = self._called.popleft()

@@ -6,6 +6,8 @@ however many calls there are. This module judges nothing. It has no lock and no 
 
 from __future__ import annotations
 
+import math
+
 _BUCKETS = 12
 
 
@@ -18,7 +20,7 @@ class Window:
         slow: Those that were slow successes.
     """
 
-    __slots__ = ("_buckets", "_tick", "_width", "calls", "failures", "slow")
+    __slots__ = ("_bucket", "_buckets", "_tick", "_turns_at", "_width", "calls", "failures", "slow")
 
     def __init__(self, seconds: float) -> None:
         self._width = seconds / _BUCKETS
@@ -27,21 +29,24 @@ class Window:
     def clear(self) -> None:
         """Forget everything."""
         self._buckets = [[0, 0, 0] for _ in range(_BUCKETS)]
+        self._bucket = self._buckets[0]
         self._tick = 0
+        self._turns_at = -math.inf
         self.calls = self.failures = self.slow = 0
 
-    def add(self, now: float, *, failed: bool, slow: bool) -> None:
+    def add(self, now: float, failed: bool, slow: bool) -> None:
         """Count one verdict at the clock's reading `now`, and drop what has become too old."""
-        tick = int(now // self._width)
-        if tick > self._tick:
-            self._turn(tick)
-        bucket = self._buckets[self._tick % _BUCKETS]
+        if now >= self._turns_at:
+            self._turn(int(now // self._width))
+        bucket = self._bucket
         bucket[0] += 1
-        bucket[1] += failed
-        bucket[2] += slow
         self.calls += 1
-        self.failures += failed
-        self.slow += slow
+        if failed:
+            bucket[1] += 1
+            self.failures += 1
+        elif slow:
+            bucket[2] += 1
+            self.slow += 1
 
     def _turn(self, tick: int) -> None:
         for passed in range(max(self._tick, tick - _BUCKETS) + 1, tick + 1):
@@ -51,3 +56,5 @@ class Window:
             self.slow -= bucket[2]
             bucket[:] = (0, 0, 0)
         self._tick = tick
+        self._bucket = self._buckets[tick % _BUCKETS]
+        self._turns_at = (tick + 1) * self._width

@@ -14,8 +14,8 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 from dspy_resilient.errors import LimitExceededError
+from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.limits.bulkhead import Bulkhead
-from dspy_resilient.limits.fork import renew_after_fork
 from dspy_resilient.limits.rate import TokenBucket
 from dspy_resilient.limits.slot import RESOLVED, Departure, Slot, State, pending
 

@@ -16,27 +16,27 @@ handful of calls through together and exceed the rate over any minute by a twelf
 class TokenBucket:
     """A token bucket that fills evenly and may be in debt. Requires external locking.
 
-    It holds `BURST_SECONDS` worth of its rate, at least one, and starts full. More than it can
-    ever hold may be taken once it is full; the rest is debt, paid off before anybody else takes.
-    So what is taken in any span of T seconds, less what is given back in it, is at most
-    `rate * T` plus one burst, or plus one amount that was larger than a burst.
+    It holds `BURST_SECONDS` worth of its rate and starts full. More than it can ever hold may be
+    taken once it is full; the rest is debt, paid off before anybody else takes. So in any span of
+    T seconds that ends with a taking, what is taken less what is given back is at most `rate * T`
+    plus one burst, or plus the largest amount if that is more than a burst.
 
     The one number kept is the time at which the bucket is full again: the virtual scheduling
     form of the generic cell rate algorithm (ITU-T I.371), which needs no refilling and says
     exactly when an amount is ready.
     """
 
-    __slots__ = ("_full_at", "_rate", "capacity")
+    __slots__ = ("_burst", "_full_at", "_rate")
 
     def __init__(self, per_minute: float) -> None:
         """Start full, with a rate in units per minute; must be above 0."""
         self._rate = per_minute / 60.0
-        self.capacity = max(1.0, self._rate * BURST_SECONDS)
+        self._burst = self._rate * BURST_SECONDS
         self._full_at = -math.inf
 
     def ready_at(self, amount: float) -> float:
         """Return the clock's reading from which `amount` may be taken."""
-        missing = self.capacity - min(amount, self.capacity)
+        missing = self._burst - min(amount, self._burst)
         return self._full_at - missing / self._rate
 
     def take(self, amount: float, now: float) -> None:

@@ -1,6 +1,7 @@
 """The way to the providers, as far as it leads through LiteLLM."""
 
 from dspy_resilient.providers.evidence import Evidence
+from dspy_resilient.providers.loops import tend
 from dspy_resilient.providers.observer import (
     Sighting,
     ensure_registered,
@@ -20,6 +21,7 @@ __all__ = [
     "loaded",
     "observe",
     "subscribe",
+    "tend",
     "unregister",
     "watch",
 ]

@@ -3,8 +3,8 @@
 LiteLLM's callbacks are process-wide, few, and one per class, so there is one for all clients. It
 routes each failure to the attempt that it belongs to, found by a call id which LiteLLM passes
 from call to event and never sends anywhere. A client that listens to a provider (R31) hears of
-the calls that were no attempt of ours. This module judges nothing and keeps nothing: attempts
-and subscribers are held weakly.
+the calls that were no attempt of ours. This module judges nothing and keeps nothing: it knows an
+attempt while it runs, and a subscriber while it lives.
 
 An attempt's success is not reported: LiteLLM delivers it late, or never.
 """
@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any
 
 from dspy_resilient.events import logger
+from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.providers.evidence import (
     TAG,
     Evidence,
@@ -52,7 +53,7 @@ class Sighting:
             gets round to it, on a thread of its own.)
     """
 
-    __slots__ = ("__weakref__", "call_id", "on_failure")
+    __slots__ = ("call_id", "on_failure")
 
     def __init__(self, call_id: str, on_failure: OnFailure) -> None:
         self.call_id = call_id
@@ -117,7 +118,7 @@ class _Observer:
         """Forget all attempts, as a forked child must: nobody runs them there."""
         self.hook.renew()
         self._changing = threading.Lock()
-        self._sightings: weakref.WeakValueDictionary[str, Sighting] = weakref.WeakValueDictionary()
+        self._sightings: dict[str, Sighting] = {}
         self._series = str(uuid.uuid4())[:-12]  # one random UUID, whose last digits count
         self._numbers = itertools.count()
 
@@ -177,8 +178,7 @@ class _Observer:
 
 
 _observer = _Observer()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_observer.renew)
+renew_after_fork(_observer)
 
 
 def loaded() -> bool:
@@ -207,7 +207,7 @@ def unregister() -> None:
 
 
 def observe(on_failure: OnFailure) -> Sighting:
-    """Watch one attempt, until `close()` or until nobody holds the sighting any more.
+    """Watch one attempt, until `close()`.
 
     Its `tags()` have to be among the keywords that LiteLLM gets. Imports LiteLLM if need be. An
     exception of `on_failure` is logged and goes no further.

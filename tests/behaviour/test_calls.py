@@ -34,7 +34,7 @@ def run_together(count, work):
         barrier.wait()
         try:
             results[number] = work(number)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             results[number] = error
 
     threads = [threading.Thread(target=body, args=(n,)) for n in range(count)]

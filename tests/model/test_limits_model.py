@@ -35,7 +35,7 @@ class Bucket:
 
     def __post_init__(self):
         self.rate = math.inf if self.per_minute is None else self.per_minute / 60
-        self.burst = max(1.0, self.rate * BURST_SECONDS)
+        self.burst = self.rate * BURST_SECONDS
         self.level = self.burst
 
     def pass_time(self, seconds):
@@ -289,7 +289,7 @@ class LimiterMachine(RuleBasedStateMachine):
         assert (self.limiter.in_use, self.limiter.queued) == (0, 0)
         self.clock.advance(1e9)
         limit = self.limiter.limit or 1000
-        burst = 1000 if self.policy.rpm is None else math.floor(self.requests.burst + CLOSE)
+        burst = 1000 if self.policy.rpm is None else max(1, int(self.requests.burst + CLOSE))
         slots = [self.limiter.enter() for _ in range(min(limit, burst))]
         assert all(slot.granted for slot in slots)
 

@@ -1,5 +1,7 @@
 """The concurrency limit, and how an adaptive one learns."""
 
+from contextlib import suppress
+
 import pytest
 
 from dspy_resilient.limits import Limiter
@@ -91,6 +93,17 @@ def test_limit_full_of_successes_raises_the_limit_by_one():
     assert limiter.limit == 18
 
 
+def test_cut_starts_the_count_of_successes_again():
+    """After a cut it takes a whole limit-full of successes to gain a place (R53)."""
+    limiter = adaptive()
+    succeed(limiter, 15)
+    limiter.enter().leave(throttled=True, ok=False)
+    succeed(limiter, 7)
+    assert limiter.limit == 8
+    succeed(limiter, 1)
+    assert limiter.limit == 9
+
+
 def test_limit_never_exceeds_256():
     """Without a number the ceiling is 256 (R53)."""
     limiter = adaptive()
@@ -117,6 +130,19 @@ def test_failures_and_unsent_attempts_teach_nothing(ending):
     for _ in range(100):
         limiter.enter().leave(**ending)
     assert limiter.limit == 16
+
+
+def test_block_that_raises_teaches_nothing():
+    """Only a block that ends well counts as a clean success (R53)."""
+    limiter = adaptive(max_concurrent=2)
+    limiter.enter().leave(throttled=True, ok=False)
+    for _ in range(10):
+        with suppress(ValueError), limiter.enter():
+            raise ValueError
+    assert limiter.limit == 1
+    with limiter.enter():
+        pass
+    assert limiter.limit == 2
 
 
 def test_fixed_limit_does_not_learn():

@@ -187,13 +187,15 @@ def test_refusal_by_rate_tells_when_there_is_room():
 def test_refusal_behind_a_rate_bound_queue_tells_when_it_moves():
     """With a queue, there is room as soon as its head may go (R53)."""
     clock = Clock()
-    limiter = limiter_for(clock, rpm=60, max_queue=1)
-    for _ in range(6):
-        limiter.enter()
+    limiter = limiter_for(clock, tpm=600, max_queue=1)  # 10 a second, 50 at once
+    for tokens in (50, 10):
+        limiter.enter(tokens)
     clock.advance(0.25)
     with pytest.raises(LimitExceededError) as caught:
-        limiter.enter()
+        limiter.enter(40)
     assert caught.value.retry_after == pytest.approx(0.75)
+    clock.advance(caught.value.retry_after)
+    assert not limiter.enter(40).granted
 
 
 def test_cancelling_the_future_changes_nothing():
@@ -261,13 +263,13 @@ def test_forked_child_starts_empty_and_unlocked():
     mine = limiter.enter()
     holder.start()
     assert inside.wait(30)  # the holder is inside, with the lock
-    with warnings.catch_warnings():
+    with budget._lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of threads, as it should
         child = os.fork()
-    if child == 0:
-        mine.leave()
-        fine = limiter.in_use == 0 and limiter.enter().granted and budget.take()
-        os._exit(0 if fine and limiter.in_use == 1 else 1)
+        if child == 0:
+            mine.leave()
+            fine = limiter.in_use == 0 and limiter.enter().granted and budget.take()
+            os._exit(0 if fine and limiter.in_use == 1 else 1)
     finish.set()
     holder.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

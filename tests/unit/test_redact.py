@@ -12,22 +12,22 @@ access_token auth_token id_token hf_token azure_ad_token azure_ad_token_provider
 aws_access_key_id aws_secret_access_key aws_web_identity_token vertex_credentials credentials
 client_secret azure_password password passwd Authorization Proxy-Authorization cookie Set-Cookie
 Ocp-Apim-Subscription-Key X-Auth-Token private_key signature
-""".split()
+"""
 HARMLESS = """
 max_tokens max_completion_tokens max_output_tokens min_tokens prompt_tokens total_tokens logit_bias
 stop_token_ids eos_token eos_token_id bos_token input_cost_per_token output_cost_per_token
 skip_special_tokens token_budget token_count tokenizer prompt_cache_key model temperature
 api_base api_version organization project keyword monkey top_k n rollout_id
-""".split()
+"""
 
 
-@pytest.mark.parametrize("name", SECRET)
+@pytest.mark.parametrize("name", SECRET.split())
 def test_names_of_credentials_are_known(name):
     """Whatever is called like a credential is one (R7)."""
     assert is_secret(name)
 
 
-@pytest.mark.parametrize("name", [*HARMLESS, "", "_", "-"])
+@pytest.mark.parametrize("name", [*HARMLESS.split(), "", "_", "-"])
 def test_names_of_settings_are_left_alone(name):
     """Tokens that are counted are no tokens to steal (R7)."""
     assert not is_secret(name)
@@ -99,10 +99,10 @@ sk-abc123DEF456 sk-proj-abc_123-xyz sk-ant-api03-abcdefgh gsk_abcdefgh12345678 x
 AIzaSyA1234567890abcdef AKIAIOSFODNN7EXAMPLE ASIAIOSFODNN7EXAMPLE hf_abcdefghijklmnop
 ghp_abcdefghijklmnop github_pat_abcdefghij eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abc_def-123
 sk-abc1**********yz99
-""".split()
+"""
 
 
-@pytest.mark.parametrize("secret", KEYS)
+@pytest.mark.parametrize("secret", KEYS.split())
 def test_well_known_keys_are_masked_anywhere(secret):
     """A key is known by its look, wherever it stands (R7)."""
     assert redact(f"no use: {secret}, sorry") == "no use: ***, sorry"

@@ -88,7 +88,7 @@ def in_thread(function):
     def run():
         try:
             outcome.append(function())
-        except Exception as error:  # noqa: BLE001  # handed to the test
+        except Exception as error:  # handed to the test
             outcome.append(error)
 
     thread = threading.Thread(target=run)

@@ -1,0 +1,186 @@
+"""Closes what LiteLLM leaves open behind a finished event loop.
+
+LiteLLM makes its async clients per loop and keeps them in a cache, but never learns that a loop
+has ended: a hundred `asyncio.run` leave a hundred open connections. Here every loop on which we
+send gets an async generator that waits for nothing; the loop's own `shutdown_asyncgens`, which
+`asyncio.run` calls last, ends it, and with it that loop's clients. Requests are not our business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import heapq
+import os
+import sys
+import threading
+import weakref
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from dspy_resilient.providers import closing
+
+if TYPE_CHECKING:
+    import httpx
+
+Loop = asyncio.AbstractEventLoop
+
+_TURNS = 20
+_TURN = 0.005
+
+
+class _Loops:
+    """The loops on which we have sent; locked at a loop's first request and after its end only."""
+
+    def __init__(self) -> None:
+        self._inherited: list[object] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._changing = threading.Lock()
+        self._ends: weakref.WeakKeyDictionary[Loop, AsyncGenerator[None] | None]
+        self._ends = weakref.WeakKeyDictionary()
+
+    async def tend(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop in self._ends:
+            return
+        with contextlib.suppress(Exception):
+            self.sweep()
+            end = None
+            if not getattr(loop, "_asyncgens_shutdown_called", False):  # too late for this loop
+                end = _close_at_the_end(weakref.ref(loop))
+                await _start(end)
+            with self._changing:
+                self._ends[loop] = end
+            # LiteLLM's own exit handler forgets the sockets: ours has to be registered after it.
+            atexit.unregister(self.sweep)
+            atexit.register(self.sweep, exiting=True)
+
+    def sweep(self, *, exiting: bool = False) -> None:
+        """Close by force what loops that were closed in another way have left."""
+        with self._changing:
+            loops = [loop for loop in self._ends if _is_over(loop, exiting)]
+            ends = [self._ends.pop(loop) for loop in loops]
+        for loop in loops:
+            for http in _take_clients(loop, busy=True):
+                with contextlib.suppress(Exception):
+                    closing.abandon(http)
+        del ends  # what is left of the generators runs here, not under the lock
+
+    def renew(self) -> None:
+        """Begin anew in a forked child, with no client of the parent's.
+
+        The child must neither send on those connections nor close them: the parent goes on using
+        them. Nor may the collector get at them.
+        """
+        cache = _cache()
+        if cache is not None:
+            self._inherited.append(dict(cache.cache_dict))
+            cache.flush_cache()
+        self._inherited.append(self._ends)
+        self._begin()
+
+
+def _is_over(loop: Loop, exiting: bool) -> bool:
+    return loop.is_closed() or (exiting and not loop.is_running())
+
+
+async def _close_at_the_end(own: weakref.ref[Loop]) -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        # Not so if this generator goes with its loop, or when that has been closed already.
+        loop = own()
+        if loop is not None and asyncio._get_running_loop() is loop:  # noqa: SLF001  # documented
+            with contextlib.suppress(Exception):
+                await _close_clients(loop)
+
+
+async def _start(generator: AsyncGenerator[None]) -> None:
+    """Run `generator` to its `yield`, known to its loop but not holding it.
+
+    A generator keeps the finalizer in use when it starts, and asyncio's belongs to the loop.
+    """
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(finalizer=None)
+    try:
+        started = generator.__anext__()
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+    await started
+
+
+async def _close_clients(loop: Loop) -> None:
+    """Close the clients of the running loop; one in use past our patience is left for `sweep`."""
+    for _ in range(_TURNS):
+        for http in _take_clients(loop, busy=False):
+            await closing.close(http)
+        if not _clients(loop):
+            break
+        await asyncio.sleep(_TURN)
+
+
+def _take_clients(loop: Loop, *, busy: bool) -> list[httpx.AsyncClient]:
+    """Take the clients of `loop` out of LiteLLM's cache; those in use as well, if `busy`."""
+    taken = []
+    for key, http in _clients(loop):
+        if busy or not closing.is_busy(http):
+            _forget(key)
+            taken.append(http)
+    return taken
+
+
+def _clients(loop: Loop) -> list[tuple[str, httpx.AsyncClient]]:
+    cache = _cache()
+    if cache is None:
+        return []
+    mark = f"-{id(loop)}"
+    found = []
+    for key, client in list(cache.cache_dict.items()):
+        if key.endswith(mark) and _is_litellms(cache, client):
+            http = closing.http_client_of(client)
+            if http is not None:
+                found.append((key, http))
+    return found
+
+
+def _cache() -> Any:
+    """Return LiteLLM's cache of clients if there is one yet; never imports or loads anything."""
+    litellm = sys.modules.get("litellm")
+    if litellm is None:
+        return None
+    return object.__getattribute__(litellm, "__dict__").get("in_memory_llm_clients_cache")
+
+
+def _is_litellms(cache: Any, client: Any) -> bool:
+    """Whether LiteLLM made `client`; what a caller has lent it is not ours to close."""
+    is_owned = getattr(getattr(cache, "evicted_client_closer", None), "_is_owned", None)
+    return is_owned is None or is_owned(client)
+
+
+def _forget(key: str) -> None:
+    """Remove an entry of LiteLLM's cache, unlike `delete_cache` without a trace."""
+    cache = _cache()
+    cache.cache_dict.pop(key, None)
+    expiry = cache.ttl_dict.pop(key, None)
+    with contextlib.suppress(ValueError):
+        cache.expiration_heap.remove((expiry, key))
+        heapq.heapify(cache.expiration_heap)
+
+
+_loops = _Loops()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_loops.renew)
+
+
+async def tend() -> None:
+    """See to it that the running loop's LiteLLM clients are closed when the loop ends (R34).
+
+    To be awaited before a request is sent. The first time on a loop it registers the loop and
+    cleans up after loops that were closed without `shutdown_asyncgens`, as does the end of the
+    process; afterwards it costs one look-up. No other loop's clients are touched, nor one under a
+    running request, nor any that a caller has lent to LiteLLM. Never raises.
+    """
+    await _loops.tend()

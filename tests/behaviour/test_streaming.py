@@ -1,0 +1,164 @@
+"""Streams, under the same page as every other call (R14)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import anyio
+import dspy
+import pytest
+
+from dspy_resilient import CircuitPolicy, RetryPolicy
+from dspy_resilient.testing import (
+    CutStream,
+    Hang,
+    Hold,
+    Provider,
+    StallStream,
+    Status,
+    dspy_answers,
+)
+
+AT_ONCE = RetryPolicy(base=0.0)
+
+
+@pytest.fixture
+def provider():
+    """A provider whose answers have a few chunks."""
+    with Provider(dspy_answers(lambda question: "one two three four five")) as running:
+        yield running
+
+
+async def consume(lm, question="q", *, is_async=True, started=None):
+    """Stream one prediction; return the chunks seen and the prediction."""
+    program = dspy.Predict("question -> answer")
+    chunks, prediction = 0, None
+    with dspy.context(lm=lm):
+        stream = dspy.streamify(program, is_async_program=is_async)
+        output = stream(question=question)
+        async for value in output:
+            if isinstance(value, dspy.Prediction):
+                prediction = value
+            else:
+                chunks += 1
+                if started is not None:
+                    started.set()
+    return chunks, prediction
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+async def test_chunks_arrive_and_the_prediction_follows(provider, make, is_async):
+    """Streaming works through both drivers; the answer is cached, and a hit has no chunks (R43)."""
+    lm = make()
+    chunks, prediction = await consume(lm, is_async=is_async)
+    assert chunks > 3
+    assert prediction.answer == "one two three four five"
+    assert await consume(lm, is_async=is_async) == (0, prediction)
+    assert provider.count == 1
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+async def test_before_the_first_chunk_a_failure_is_retried(provider, make, is_async):
+    """Nothing was shown yet, so the request may be repeated."""
+    provider.script(Status(500), Status(503))
+    chunks, prediction = await consume(make(retry=AT_ONCE), is_async=is_async)
+    assert chunks > 3
+    assert prediction.answer.startswith("one")
+    assert provider.count == 3
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+async def test_before_the_first_chunk_a_fallback_may_answer(provider, make, is_async):
+    """The next target streams instead."""
+    backup = dspy.LM("openai/backup", api_base=provider.api_base, api_key="k", engine="litellm")
+    provider.script(Status(500))
+    lm = make(num_retries=0, fallbacks=[backup])
+    chunks, _ = await consume(lm, is_async=is_async)
+    assert chunks > 3
+    assert lm.history[-1]["model"] == "openai/backup"
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+async def test_after_the_first_chunk_nothing_is_replayed(provider, make, is_async):
+    """A stream that breaks half-way is a failure, with no second try and no fallback."""
+    backup = dspy.LM("openai/backup", api_base=provider.api_base, api_key="k", engine="litellm")
+    lm = make(retry=AT_ONCE, fallbacks=[backup], circuit=CircuitPolicy(failure_threshold=1))
+    provider.script(CutStream(3, how="reset"))
+    with pytest.raises(dspy.LMError):
+        await consume(lm, is_async=is_async)
+    assert provider.count == 1
+    assert lm.circuit.state == "open"
+
+
+async def test_a_stream_that_ends_early_without_an_error_is_not_remembered(provider, make):
+    """LiteLLM makes up an end for a stream cut by a clean EOF; it is not stored (R42)."""
+    lm = make()
+    provider.script(CutStream(3, how="eof"))
+    with pytest.raises(dspy.AdapterParseError):
+        await consume(lm)
+    assert lm.stats().stored == lm.stats().evicted == 0
+    assert lm.stats().skipped["partial"] == 1
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+async def test_a_consumer_that_goes_away_says_nothing_about_the_provider(provider, make, is_async):
+    """Neutral, and everything is given back."""
+    lm = make(circuit=CircuitPolicy(failure_threshold=1), limits=1, cache=False)
+    provider.script(StallStream(3, 1.0))
+    started = asyncio.Event()
+    task = asyncio.create_task(consume(lm, is_async=is_async, started=started))
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert lm.circuit.state == "closed"
+    with anyio.fail_after(20):
+        chunks, _ = await consume(lm, "another", is_async=is_async)
+    assert chunks > 3
+
+
+async def test_the_permit_is_held_until_the_last_chunk(provider, make):
+    """With one place, a second stream starts after the first has ended."""
+    lm = make(limits=1, cache=False)
+    results = await asyncio.gather(consume(lm, "a"), consume(lm, "b"))
+    assert [chunks > 3 for chunks, _ in results] == [True, True]
+    first, second = provider.requests
+    assert second.at > first.at
+
+
+async def test_streams_neither_lead_nor_follow(provider, make):
+    """Two identical streams at once are two requests (R14)."""
+    lm = make()
+    hold = Hold()
+    provider.script(hold, hold)
+    tasks = [asyncio.create_task(consume(lm)) for _ in range(2)]
+    await asyncio.to_thread(provider.wait_for, 2)
+    hold.release()
+    for chunks, _ in await asyncio.gather(*tasks):
+        assert chunks > 3
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+async def test_a_deadline_ends_a_stream_that_hangs(provider, make, is_async):
+    """The deadline holds under a stream too (R54)."""
+    lm = make(deadline=0.5)
+    provider.script(Hang())
+    with pytest.raises(dspy.LMError), anyio.fail_after(20):
+        await consume(lm, is_async=is_async)
+
+
+def test_a_sync_program_streams_synchronously(provider, make):
+    """async_streaming=False yields from a plain generator."""
+    program = dspy.streamify(dspy.Predict("question -> answer"), async_streaming=False)
+    with dspy.context(lm=make()):
+        values = list(program(question="q"))
+    assert isinstance(values[-1], dspy.Prediction)
+    assert len(values) > 3
+    assert threading.active_count() < 50
+
+
+def test_stream_as_a_keyword_is_refused(make, ask):
+    """stream=True never reaches a provider; the message names streamify."""
+    with pytest.raises(dspy.LMUnsupportedFeatureError, match="streamify"):
+        ask(make(), "q", stream=True)

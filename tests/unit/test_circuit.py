@@ -1,0 +1,810 @@
+"""What opens a circuit, how long for, what closes it again, and what it tells."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+
+from dspy_resilient.circuit import CircuitBreaker, CircuitState
+from dspy_resilient.errors import CircuitOpenError
+from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpened
+from dspy_resilient.policies import CircuitPolicy
+from dspy_resilient.testing import Clock
+
+SECRET = "sk-abc123DEF456ghi789"
+
+
+@pytest.fixture
+def clock():
+    return Clock(1000.0)
+
+
+@pytest.fixture
+def make(clock):
+    """Build a circuit on the test's clock, without jitter unless asked for."""
+
+    def build(*, random=lambda: 0.5, listener=None, client="", **policy):
+        return CircuitBreaker(
+            CircuitPolicy(**policy), name="c", clock=clock, random=random, listener=listener,
+            client=client,
+        )  # fmt: skip
+
+    return build
+
+
+def fail(breaker, times=1, **report):
+    for _ in range(times):
+        breaker.admit().failure(**report)
+
+
+def succeed(breaker, times=1):
+    for _ in range(times):
+        breaker.admit().success()
+
+
+def open_for(breaker, clock):
+    """Fail the circuit open, and return for how long."""
+    fail(breaker, breaker.policy.failure_threshold if breaker.closed else 1)
+    return breaker.open_remaining
+
+
+def reopen(breaker, clock):
+    """Wait the open time out, fail the probe, and return the new open time."""
+    clock.advance(breaker.open_remaining)
+    return open_for(breaker, clock)
+
+
+def recover(breaker, clock):
+    clock.advance(breaker.open_remaining)
+    succeed(breaker, breaker.policy.successes_to_close)
+    assert breaker.closed
+
+
+# What opens it
+
+
+def test_consecutive_failures_open_it(make):
+    """`failure_threshold` failures in a row open it, and not one less (R22)."""
+    breaker = make(failure_threshold=3)
+    fail(breaker, 2)
+    assert breaker.state == "closed"
+    fail(breaker)
+    assert breaker.state == "open"
+    assert breaker.try_admit() is None
+
+
+def test_a_success_starts_the_count_again(make):
+    """Only failures in a row count for the threshold (R22)."""
+    breaker = make(failure_threshold=3)
+    fail(breaker, 2)
+    succeed(breaker)
+    fail(breaker, 2)
+    assert breaker.closed
+    assert breaker.failure_count == 2
+
+
+def test_neutral_outcomes_count_nowhere(make):
+    """A neutral outcome neither counts, nor resets the count, nor fills the window (R22, M3)."""
+    breaker = make(failure_threshold=3, min_calls=4)
+    fail(breaker, 2)
+    for _ in range(50):
+        breaker.admit().neutral()
+    assert breaker.failure_count == 2
+    fail(breaker)
+    assert breaker.opened
+
+
+def test_neutral_outcomes_alone_never_open_it(make):
+    """Traffic of nothing but bad requests says nothing about the provider (R22)."""
+    breaker = make()
+    for _ in range(200):
+        breaker.admit().neutral()
+    assert breaker.closed
+
+
+def test_failure_rate_opens_it(make):
+    """Half of ten verdicts in the window is too much, though never five in a row (R22)."""
+    breaker = make()
+    for _ in range(4):
+        fail(breaker)
+        succeed(breaker)
+    succeed(breaker)
+    assert breaker.closed
+    fail(breaker)
+    assert breaker.opened
+
+
+def test_failure_rate_needs_enough_calls(make):
+    """One failed request is no rate (R22)."""
+    breaker = make(min_calls=10)
+    for _ in range(4):
+        fail(breaker)
+        succeed(breaker)
+    fail(breaker)
+    assert breaker.closed
+
+
+def test_old_verdicts_leave_the_window(make, clock):
+    """What lies further back than `window` seconds counts for no rate (R22)."""
+    breaker = make(window=60.0)
+    for _ in range(4):
+        fail(breaker)
+        succeed(breaker)
+    clock.advance(61)
+    succeed(breaker)
+    fail(breaker)
+    assert breaker.closed
+
+
+def test_window_moves_on_bucket_by_bucket(make, clock):
+    """Verdicts age one by one, not all at once (R22)."""
+    breaker = make(window=60.0, failure_threshold=99)
+    for _ in range(5):
+        fail(breaker)
+        clock.advance(10)
+    clock.advance(11)
+    succeed(breaker, 6)  # the first failure is too old by now: 4 of 10
+    fail(breaker)
+    assert breaker.closed
+    fail(breaker)
+    assert breaker.opened
+
+
+@pytest.mark.parametrize("rest", [1, 59, 61, 600, 1e9])
+def test_window_survives_any_rest(make, clock, rest):
+    """However long nothing happens, the counts stay right (R22)."""
+    breaker = make(failure_threshold=99)
+    fail(breaker, 9)
+    clock.advance(rest)
+    fail(breaker)
+    assert breaker.opened is (rest < 60)
+
+
+def test_slow_calls_open_it(make, clock):
+    """Where `slow_call` is set, too many slow answers open it (R22)."""
+    breaker = make(slow_call=10.0, window=1000.0)
+    succeed(breaker, 2)
+    for _ in range(7):
+        permit = breaker.admit()
+        clock.advance(10)
+        permit.success()
+    assert breaker.closed
+    permit = breaker.admit()
+    clock.advance(10)
+    permit.success()
+    assert breaker.opened
+    assert breaker.reason == "slow"
+
+
+def test_slow_calls_are_successes_to_the_failure_counts(make, clock):
+    """A slow answer is an answer: it breaks a row of failures (R22)."""
+    breaker = make(slow_call=10.0, failure_threshold=2)
+    fail(breaker)
+    permit = breaker.admit()
+    clock.advance(20)
+    permit.success()
+    fail(breaker)
+    assert breaker.closed
+
+
+def test_without_slow_call_nothing_is_slow(make, clock):
+    """Slowness is off by default (R22)."""
+    breaker = make()
+    for _ in range(20):
+        permit = breaker.admit()
+        clock.advance(3600)
+        permit.success()
+    assert breaker.closed
+
+
+def test_billing_failure_opens_at_once(make):
+    """One failure for want of money is enough, and says so."""
+    breaker = make()
+    fail(breaker, reason="billing")
+    assert breaker.opened
+    assert breaker.reason == "billing"
+    assert breaker.rejection().reason == "billing"
+
+
+def test_reason_of_counted_failures_reaches_the_opening(make):
+    """Three refused credentials in a row open a circuit that counts those, as "auth"."""
+    breaker = make(failure_threshold=3)
+    fail(breaker, 2, reason="auth")
+    assert breaker.closed
+    fail(breaker, reason="auth")
+    assert breaker.reason == "auth"
+
+
+# How long for
+
+
+def test_open_time_doubles_up_to_its_longest(make, clock):
+    """5, 10, 20 … and 300 s from then on (R23)."""
+    breaker = make()
+    times = [open_for(breaker, clock), *(reopen(breaker, clock) for _ in range(8))]
+    assert times == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert breaker.opening == 9
+
+
+@pytest.mark.parametrize(("draw", "factor"), [(0.0, 0.8), (0.5, 1.0), (0.999999, 1.2)])
+def test_open_time_is_jittered(make, clock, draw, factor):
+    """The open time varies by `jitter` to either side (R23)."""
+    breaker = make(random=lambda: draw, jitter=0.2)
+    assert open_for(breaker, clock) == pytest.approx(5 * factor, rel=1e-4)
+
+
+def test_open_time_stays_finite_for_ever(make, clock):
+    """An outage of months overflows nothing (R23)."""
+    breaker = make()
+    open_for(breaker, clock)
+    for _ in range(5000):
+        clock.advance(breaker.open_remaining)
+        fail(breaker)
+    assert breaker.open_remaining == 300
+
+
+@pytest.mark.parametrize(
+    ("backoff", "longest"), [(1.0, 5.0), (1.0, 300.0), (1e300, 1e300), (1 + 1e-15, 6.0)]
+)
+def test_every_allowed_backoff_works(make, clock, backoff, longest):
+    """No allowed policy overflows or leaves the bounds (R23)."""
+    breaker = make(backoff=backoff, max_recovery_time=longest)
+    open_for(breaker, clock)
+    for _ in range(20):
+        assert 5 <= reopen(breaker, clock) <= longest * (1 + 1e-9)
+
+
+def test_retry_after_is_a_floor(make, clock):
+    """A provider that asks for longer is left alone for longer (R23)."""
+    breaker = make(failure_threshold=1)
+    fail(breaker, retry_after=42)
+    assert breaker.open_remaining == 42
+
+
+def test_retry_after_is_no_ceiling(make, clock):
+    """A shorter hint shortens nothing (R23)."""
+    breaker = make(failure_threshold=1)
+    fail(breaker, retry_after=1)
+    assert breaker.open_remaining == 5
+
+
+def test_retry_after_is_clamped(make):
+    """No provider keeps a circuit open for longer than `max_recovery_time` (R23)."""
+    breaker = make(failure_threshold=1)
+    fail(breaker, retry_after=86_400)
+    assert breaker.open_remaining == 300
+
+
+@pytest.mark.parametrize("hint", [math.nan, -5, 0, None, "7", -math.inf])
+def test_senseless_retry_after_is_ignored(make, hint):
+    """Nonsense in a header does not reach the open time (R23)."""
+    breaker = make(failure_threshold=1)
+    fail(breaker, retry_after=hint)
+    assert breaker.open_remaining == 5
+
+
+def test_openings_are_forgiven_while_closed(make, clock):
+    """One opening is forgiven for each `recovery_time` spent closed (R23)."""
+    breaker = make()
+    open_for(breaker, clock)
+    for _ in range(3):
+        reopen(breaker, clock)
+    recover(breaker, clock)
+    assert breaker.opening == 4
+    clock.advance(10)
+    assert breaker.opening == 2
+    assert open_for(breaker, clock) == 20
+
+
+def test_a_lucky_probe_forgives_nothing(make, clock):
+    """A circuit that closes and fails again at once goes on where it was (R23)."""
+    breaker = make()
+    open_for(breaker, clock)
+    reopen(breaker, clock)
+    recover(breaker, clock)
+    assert open_for(breaker, clock) == 20
+
+
+def test_long_outage_is_forgiven_like_a_shorter_one(make, clock):
+    """Openings beyond the longest open time are not held against anybody (R23)."""
+    breaker = make()
+    open_for(breaker, clock)
+    for _ in range(100):
+        reopen(breaker, clock)
+    recover(breaker, clock)
+    clock.advance(7 * 5)
+    assert breaker.opening == 0
+
+
+@pytest.mark.parametrize("switch", ["force_open", "force_half_open", "force_closed"])
+def test_forgiveness_survives_the_hand(make, clock, switch):
+    """What was forgiven stays forgiven when somebody switches the circuit (R23, R25)."""
+    breaker = make()
+    open_for(breaker, clock)
+    reopen(breaker, clock)
+    recover(breaker, clock)
+    clock.advance(100)
+    getattr(breaker, switch)()
+    breaker.auto()
+    assert breaker.opening == 0
+
+
+def test_remaining_time_is_exact(make, clock):
+    """Remaining time, rejection and waiting time are the same exact number (R23)."""
+    breaker = make(failure_threshold=1)
+    fail(breaker)
+    clock.advance(1.25)
+    assert breaker.open_remaining == 3.75
+    assert breaker.wait_time() == 3.75
+    assert breaker.rejection().retry_after == 3.75
+
+
+# Half-open
+
+
+def test_half_open_is_seen_as_soon_as_the_time_is_over(make, clock):
+    """Looking shows half-open, and changes nothing (R24)."""
+    heard = []
+    breaker = make(failure_threshold=1, listener=heard.append)
+    fail(breaker)
+    clock.advance(5)
+    assert breaker.state is CircuitState.HALF_OPEN
+    assert not breaker.opened
+    assert not breaker.closed
+    assert [type(event) for event in heard] == [CircuitOpened]
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+def test_half_open_lets_so_many_probes_through(make, clock, probes):
+    """Half-open admits `probes` at a time (R24, M1)."""
+    breaker = make(probes=probes, successes_to_close=9)
+    open_for(breaker, clock)
+    clock.advance(5)
+    permits = [breaker.try_admit() for _ in range(50)]
+    admitted = [permit for permit in permits if permit is not None]
+    assert len(admitted) == probes
+    assert all(permit.probe for permit in admitted)
+    admitted[0].success()
+    assert breaker.try_admit() is not None
+    assert breaker.try_admit() is None
+
+
+def test_successful_probes_close_it(make, clock):
+    """`successes_to_close` successes close it, with nothing counted (R24)."""
+    breaker = make()
+    open_for(breaker, clock)
+    clock.advance(5)
+    succeed(breaker)
+    assert breaker.state == "half_open"
+    succeed(breaker)
+    assert breaker.state == "closed"
+    assert breaker.failure_count == 0
+
+
+def test_failed_probe_reopens_for_longer(make, clock):
+    """One failure in half-open is enough, whatever succeeded before (R24)."""
+    breaker = make()
+    open_for(breaker, clock)
+    clock.advance(5)
+    succeed(breaker)
+    fail(breaker)
+    assert breaker.open_remaining == 10
+
+
+def test_slow_probe_reopens(make, clock):
+    """A provider that is still slow has not recovered (R24)."""
+    breaker = make(slow_call=10.0)
+    open_for(breaker, clock)
+    clock.advance(5)
+    permit = breaker.admit()
+    clock.advance(10)
+    permit.success()
+    assert breaker.opened
+    assert breaker.reason == "slow"
+
+
+def test_neutral_probe_gives_its_place_back(make, clock):
+    """A probe that learnt nothing leaves half-open as it was (R24)."""
+    breaker = make()
+    open_for(breaker, clock)
+    clock.advance(5)
+    for _ in range(20):
+        breaker.admit().neutral()
+    assert breaker.state == "half_open"
+    assert breaker.wait_time() == 0
+
+
+def test_silent_probe_loses_its_place(make, clock):
+    """After `probe_lease` the next caller may try (R24, M13)."""
+    breaker = make(probe_lease=60.0)
+    open_for(breaker, clock)
+    clock.advance(5)
+    breaker.admit()
+    clock.advance(59)
+    assert breaker.try_admit() is None
+    clock.advance(1)
+    assert breaker.wait_time() == 0
+    assert breaker.try_admit() is not None
+    assert breaker.try_admit() is None
+
+
+def test_client_timeout_lengthens_the_lease(make, clock):
+    """A probe may take as long as its client allows (R24)."""
+    breaker = make(probe_lease=60.0)
+    open_for(breaker, clock)
+    clock.advance(5)
+    breaker.try_admit(lease=300.0)
+    clock.advance(299)
+    assert breaker.try_admit() is None
+    clock.advance(1)
+    assert breaker.try_admit() is not None
+
+
+@pytest.mark.parametrize(("report", "state"), [("success", "closed"), ("failure", "open")])
+def test_late_probe_still_counts_once(make, clock, report, state):
+    """A probe that lost its place reports for its own generation (R24)."""
+    breaker = make(successes_to_close=1)
+    open_for(breaker, clock)
+    clock.advance(5)
+    late = breaker.admit()
+    clock.advance(60)
+    other = breaker.admit()
+    getattr(late, report)()
+    assert breaker.state == state
+    remaining = breaker.open_remaining
+    getattr(late, report)()
+    other.failure()
+    assert breaker.state == state
+    assert breaker.open_remaining == remaining
+
+
+# Permits
+
+
+def test_first_report_counts(make):
+    """A permit reports exactly once (R21)."""
+    breaker = make(failure_threshold=2)
+    permit = breaker.admit()
+    permit.failure()
+    permit.success()
+    permit.failure()
+    assert breaker.failure_count == 1
+
+
+def test_block_without_report_is_neutral(make):
+    """Leaving a permit's block without a report says nothing, error or not (R21)."""
+    breaker = make(failure_threshold=2)
+    fail(breaker)
+    with breaker.admit():
+        pass
+    with pytest.raises(KeyError), breaker.admit():
+        raise KeyError
+    assert breaker.failure_count == 1
+
+
+def test_reported_block_keeps_its_report(make):
+    """The end of the block overrules no report (R21)."""
+    breaker = make(failure_threshold=2)
+    with breaker.admit() as permit:
+        permit.failure()
+    assert permit.reported
+    assert breaker.failure_count == 1
+
+
+@pytest.mark.parametrize("report", ["success", "failure", "neutral"])
+def test_late_results_change_nothing(make, clock, report):
+    """A result from before the circuit opened neither closes nor prolongs it (R21, M4, M5)."""
+    breaker = make()
+    late = breaker.admit()
+    open_for(breaker, clock)
+    clock.advance(3)
+    before = breaker.failure_count, breaker.last_error
+    getattr(late, report)()
+    assert breaker.open_remaining == 2
+    assert (breaker.failure_count, breaker.last_error) == before
+
+
+@pytest.mark.parametrize("report", ["success", "failure"])
+def test_late_results_do_not_judge_the_probes(make, clock, report):
+    """A call admitted before the outage is no probe (R21, M4)."""
+    breaker = make(successes_to_close=1)
+    late = breaker.admit()
+    open_for(breaker, clock)
+    clock.advance(5)
+    probe = breaker.admit()
+    getattr(late, report)()
+    assert breaker.state == "half_open"
+    probe.success()
+    assert breaker.closed
+
+
+def test_results_of_an_earlier_closed_time_are_stale(make, clock):
+    """Closed again is another generation (R21)."""
+    breaker = make(failure_threshold=2)
+    late = [breaker.admit() for _ in range(5)]
+    open_for(breaker, clock)
+    recover(breaker, clock)
+    for permit in late:
+        permit.failure()
+    assert breaker.closed
+    assert breaker.failure_count == 0
+
+
+# By hand
+
+
+def test_trip_opens_as_a_failure_would(make, clock):
+    """`trip` opens for a growing time, after which probes decide (R25)."""
+    breaker = make()
+    breaker.trip("deploy", error="host is gone")
+    assert breaker.open_remaining == 5
+    assert (breaker.reason, breaker.last_error) == ("deploy", "host is gone")
+    clock.advance(5)
+    breaker.trip()
+    assert breaker.open_remaining == 10
+    recover(breaker, clock)
+
+
+def test_trip_of_an_open_circuit_only_takes_longer_hints(make, clock):
+    """Tripping again moves the time only for an explicit, longer pause (R25)."""
+    breaker = make()
+    breaker.trip()
+    breaker.trip()
+    assert (breaker.open_remaining, breaker.opening) == (5, 1)
+    breaker.trip(retry_after=2)
+    assert breaker.open_remaining == 5
+    breaker.trip(retry_after=50)
+    assert breaker.open_remaining == 50
+
+
+@pytest.mark.parametrize("switch", ["force_open", "force_closed"])
+def test_forced_states_beat_a_trip(make, switch):
+    """What somebody has forced stays (R25)."""
+    breaker = make()
+    getattr(breaker, switch)()
+    before = breaker.state
+    breaker.trip()
+    assert breaker.state is before
+
+
+def test_forced_open_refuses_without_end(make, clock):
+    """`force_open` holds until `auto` or `reset`, and nobody can say how long (R25)."""
+    breaker = make()
+    breaker.force_open("maintenance")
+    clock.advance(1e6)
+    assert breaker.state is CircuitState.FORCED_OPEN
+    assert breaker.opened
+    assert breaker.wait_time() == math.inf
+    rejection = breaker.rejection()
+    assert (rejection.reason, rejection.retry_after) == ("maintenance", None)
+
+
+def test_forced_open_for_a_time_ends_half_open(make, clock):
+    """After the given seconds probes decide (R25)."""
+    breaker = make()
+    breaker.force_open(seconds=30)
+    clock.advance(29)
+    assert breaker.wait_time() == 1
+    clock.advance(1)
+    assert breaker.state == "half_open"
+    succeed(breaker, 2)
+    assert breaker.closed
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
+def test_forced_open_time_must_make_sense(make, seconds):
+    """Bad arguments are refused by name (R25)."""
+    with pytest.raises(ValueError, match="seconds"):
+        make().force_open(seconds=seconds)
+
+
+def test_forced_closed_lets_everything_through_and_still_counts(make):
+    """`force_closed` counts, and opens for nothing (R25)."""
+    breaker = make()
+    breaker.force_closed()
+    fail(breaker, 50, reason="billing")
+    assert breaker.state is CircuitState.FORCED_CLOSED
+    assert breaker.closed
+    assert breaker.failure_count == 50
+
+
+def test_auto_ends_what_was_forced(make):
+    """From forced open probes decide, from forced closed it is closed (R25)."""
+    breaker = make()
+    breaker.force_open()
+    breaker.auto()
+    assert breaker.state == "half_open"
+    breaker.force_closed()
+    breaker.auto()
+    assert breaker.state == "closed"
+
+
+def test_auto_leaves_the_rest_alone(make):
+    """Nothing forced, nothing to end (R25)."""
+    breaker = make()
+    breaker.trip()
+    breaker.auto()
+    assert breaker.opened
+
+
+def test_force_half_open_lets_a_probe_through_now(make):
+    """Nobody need wait for the open time (R25)."""
+    breaker = make()
+    breaker.trip(retry_after=300)
+    breaker.force_half_open()
+    assert breaker.admit().probe
+
+
+def test_reset_forgets_everything(make, clock):
+    """After `reset` it is as new (R25)."""
+    breaker = make()
+    open_for(breaker, clock)
+    reopen(breaker, clock)
+    breaker.reset()
+    assert breaker.state == "closed"
+    assert (breaker.failure_count, breaker.opening) == (0, 0)
+    assert (breaker.reason, breaker.last_error) == (None, None)
+
+
+def test_observe_counts_and_reports_but_never_blocks(make, clock):
+    """`mode="observe"` shows what would have happened (R25)."""
+    heard = []
+    breaker = make(mode="observe", listener=heard.append)
+    open_for(breaker, clock)
+    assert breaker.opened
+    assert breaker.wait_time() == 0
+    assert breaker.enlist().done()
+    fail(breaker, 7)
+    assert breaker.rejected == 7
+    assert breaker.open_remaining == 5
+    clock.advance(5)
+    succeed(breaker, 2)
+    assert [type(event) for event in heard] == [CircuitOpened, CircuitHalfOpened, CircuitClosed]
+
+
+# What it tells
+
+
+def test_rejection_says_who_why_and_until_when(make):
+    """The error of a refused call is fresh and carries the facts (R23)."""
+    breaker = make(failure_threshold=1, client="fast")
+    fail(breaker, error=TimeoutError("no answer"))
+    with pytest.raises(CircuitOpenError) as caught:
+        breaker.admit()
+    error = caught.value
+    assert (error.client, error.reason, error.retry_after) == ("fast", "failures", 5.0)
+    assert error.last_error == "TimeoutError: no answer"
+    assert "is open (failures): try again in 5.0 s" in str(error)
+    assert breaker.rejection() is not error
+
+
+def test_rejection_in_half_open_promises_no_time(make, clock):
+    """While the probes are under way nobody knows when (R23)."""
+    breaker = make()
+    open_for(breaker, clock)
+    clock.advance(5)
+    breaker.admit()
+    assert breaker.rejection().retry_after is None
+    assert "half open" in str(breaker.rejection())
+
+
+def test_refused_calls_are_counted(make):
+    """The number of refused calls is known."""
+    breaker = make(failure_threshold=1)
+    fail(breaker)
+    for _ in range(3):
+        breaker.try_admit()
+    assert breaker.rejected == 3
+
+
+def test_last_error_is_a_redacted_text(make):
+    """The failure leaves a text without credentials, never the exception (R21, R7)."""
+
+    class ServerError(Exception):
+        status = 503
+
+    breaker = make()
+    fail(breaker, error=ServerError(f"bad\n key {SECRET} " + "x" * 500))
+    assert breaker.last_error.startswith("ServerError 503: bad key *** xxx")
+    assert SECRET[:8] not in breaker.last_error
+    assert len(breaker.last_error) < 250
+
+
+def test_given_text_is_redacted_too(make):
+    """A text in place of an exception gets no better treatment (R7)."""
+    breaker = make()
+    fail(breaker, error=f"refused {SECRET}")
+    assert breaker.last_error == "refused ***"
+
+
+def test_broken_exceptions_do_no_harm(make):
+    """An exception that cannot be shown is still a failure."""
+
+    class BrokenError(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    breaker = make()
+    fail(breaker, error=BrokenError())
+    assert breaker.last_error == "BrokenError"
+    assert breaker.failure_count == 1
+
+
+def test_events_tell_every_change_in_order(make, clock):
+    """Opened, half-opened, opened again, half-opened, closed; with the times (R13, R70)."""
+    heard = []
+    breaker = make(listener=heard.append, client="fast")
+    fail(breaker, 5, error=TimeoutError("slow"))
+    clock.advance(5)
+    fail(breaker, error="still down")
+    clock.advance(10)
+    succeed(breaker, 2)
+    facts = {"client": "fast", "target": "c"}
+    assert heard == [
+        CircuitOpened(
+            at=1000, reason="failures", seconds=5, last_error="TimeoutError: slow", **facts
+        ),
+        CircuitHalfOpened(at=1005, **facts),
+        CircuitOpened(at=1005, reason="failures", seconds=10, last_error="still down", **facts),
+        CircuitHalfOpened(at=1015, **facts),
+        CircuitClosed(at=1015, seconds=15, **facts),
+    ]
+
+
+def test_switching_by_hand_is_told(make):
+    """A change by hand is a change (R25, R70)."""
+    heard = []
+    breaker = make(listener=heard.append)
+    for switch in ("force_open", "auto", "force_closed", "auto", "force_half_open", "reset"):
+        getattr(breaker, switch)()
+    kinds = [type(event) for event in heard]
+    assert kinds == [
+        CircuitOpened, CircuitHalfOpened, CircuitClosed, CircuitHalfOpened, CircuitClosed
+    ]  # fmt: skip
+    assert heard[0].seconds == math.inf
+
+
+def test_failing_listener_breaks_nothing_and_is_logged_once(make, caplog):
+    """A listener's fault reaches no call (R13)."""
+
+    def listener(event):
+        raise KeyError
+
+    breaker = make(listener=listener)
+    with caplog.at_level(logging.ERROR, "dspy_resilient"):
+        for _ in range(3):
+            breaker.trip()
+            breaker.reset()
+    assert breaker.closed
+    assert len(caplog.records) == 1
+
+
+def test_listener_may_use_the_circuit(make):
+    """No lock is held while a listener runs, and its own events come after (R12, R13)."""
+    heard = []
+
+    def listener(event):
+        heard.append((type(event), breaker.state))
+        if isinstance(event, CircuitOpened):
+            breaker.reset()
+            heard.append("reset")
+
+    breaker = make(listener=listener)
+    breaker.trip()
+    assert heard == [(CircuitOpened, "open"), "reset", (CircuitClosed, "closed")]
+
+
+def test_repr_names_it_and_its_state(make):
+    """A circuit can be read in a debugger."""
+    assert repr(make()).startswith("<CircuitBreaker 'c")
+    assert repr(make()).endswith(": closed>")
+
+
+def test_policy_and_package_arguments_exclude_each_other():
+    """Nothing is accepted and ignored."""
+    with pytest.raises(TypeError, match="fields of the policy"):
+        CircuitBreaker(CircuitPolicy(), failure_threshold=3)
+    with pytest.raises(TypeError, match="fields of the policy"):
+        CircuitBreaker(CircuitPolicy(), 30)

@@ -1,0 +1,563 @@
+"""A circuit among many callers: threads, tasks, and threads beside several event loops.
+
+A caller is written once, as a generator that yields the futures it waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import math
+import os
+import random
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from dspy_resilient.circuit import CircuitBreaker
+from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpened
+from dspy_resilient.policies import CircuitPolicy
+from dspy_resilient.testing import Clock
+
+PATIENCE = 30
+
+
+class ServerError(Exception):
+    pass
+
+
+def on_thread(caller):
+    value = None
+    while True:
+        try:
+            future = caller.send(value)
+        except StopIteration as end:
+            return end.value
+        value = future.result(PATIENCE)
+
+
+async def as_task(caller):
+    value = None
+    while True:
+        try:
+            future = caller.send(value)
+        except StopIteration as end:
+            return end.value
+        value = await asyncio.wait_for(asyncio.wrap_future(future), PATIENCE)
+
+
+def on_threads(callers):
+    with ThreadPoolExecutor(max(1, len(callers))) as pool:
+        return list(pool.map(on_thread, callers))
+
+
+def on_loop(callers):
+    async def gather():
+        return await asyncio.gather(*map(as_task, callers))
+
+    return asyncio.run(gather())
+
+
+def on_both(callers):
+    third = len(callers) // 3
+    parts = callers[:third], callers[third : 2 * third], callers[2 * third :]
+    with ThreadPoolExecutor(3) as pool:
+        results = pool.map(lambda run, part: run(part), (on_threads, on_loop, on_loop), parts)
+        return [result for part in results for result in part]
+
+
+@pytest.fixture(params=[on_threads, on_loop, on_both])
+def crowd(request):
+    """Run many callers at once and return their results."""
+    return request.param
+
+
+class Meeting:
+    """`yield meeting.join()` goes on when `size` callers have joined."""
+
+    def __init__(self, size):
+        self._missing = size
+        self._lock = threading.Lock()
+        self._complete = Future()
+
+    def join(self):
+        with self._lock:
+            self._missing -= 1
+            complete = self._missing == 0
+        if complete:
+            self._complete.set_result(None)
+        return self._complete
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def half_open(clock):
+    """Build a circuit whose open time is just over."""
+
+    def build(**policy):
+        breaker = CircuitBreaker(CircuitPolicy(jitter=0.0, **policy), clock=clock)
+        breaker.trip()
+        clock.advance(breaker.open_remaining)
+        return breaker
+
+    return build
+
+
+# Probes
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+def test_reopening_admits_exactly_the_probes(crowd, half_open, probes):
+    """Of 999 callers at the reopening, exactly `probes` reach the provider (R24, M1, M11, M12)."""
+    breaker = half_open(probes=probes)
+    asking, asked = Meeting(999), Meeting(999)
+
+    def caller():
+        yield asking.join()
+        permit = breaker.try_admit()
+        yield asked.join()
+        return permit is not None
+
+    assert sum(crowd([caller() for _ in range(999)])) == probes
+    assert breaker.rejected == 999 - probes
+
+
+def test_calls_run_side_by_side(crowd):
+    """The lock is not held during a call: all are inside at once (R12, M9)."""
+    breaker = CircuitBreaker(CircuitPolicy())
+    inside = Meeting(30)
+
+    def caller():
+        with breaker:
+            yield inside.join()
+        return True
+
+    assert all(crowd([caller() for _ in range(30)]))
+
+
+def test_every_failure_is_counted(crowd):
+    """No report is lost, whoever reports (R21)."""
+    breaker = CircuitBreaker(CircuitPolicy(failure_threshold=10_000, min_calls=100_000))
+    start = Meeting(30)
+
+    def caller():
+        yield start.join()
+        for _ in range(100):
+            breaker.admit().failure()
+
+    crowd([caller() for _ in range(30)])
+    assert breaker.failure_count == 3000
+
+
+def test_one_permit_reported_by_many_counts_once(crowd):
+    """Whoever reports first wins, on whatever thread (R21)."""
+    breaker = CircuitBreaker(CircuitPolicy())
+    permit = breaker.admit()
+    start = Meeting(30)
+
+    def caller():
+        yield start.join()
+        permit.failure()
+
+    crowd([caller() for _ in range(30)])
+    assert breaker.failure_count == 1
+
+
+def test_results_from_before_the_trip_change_nothing(crowd, clock):
+    """Calls that end after the circuit opened neither close nor prolong it (R21, M4, M5)."""
+    breaker = CircuitBreaker(CircuitPolicy(jitter=0.0), clock=clock)
+    inside = Meeting(31)
+    tripped = Future()
+
+    def caller(number):
+        permit = breaker.admit()
+        yield inside.join()
+        yield tripped
+        if number % 2:
+            permit.success()
+        else:
+            permit.failure()
+
+    def trip():
+        yield inside.join()
+        breaker.trip()
+        clock.advance(2)
+        tripped.set_result(None)
+
+    crowd([*(caller(number) for number in range(30)), trip()])
+    assert breaker.state == "open"
+    assert breaker.open_remaining == 3
+
+
+# Probes that come to nothing
+
+
+def test_interrupted_probe_leaves_half_open(half_open):
+    """Ctrl-C in a probe closes nothing, counts for nothing, and frees the place (R24, M2, M10)."""
+    breaker = half_open()
+
+    def probe():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        breaker.call(probe)
+    assert (breaker.state, breaker.wait_time(), breaker.failure_count) == ("half_open", 0, 0)
+
+
+@pytest.mark.parametrize("form", ["decorator", "block", "permit"])
+async def test_cancelled_probe_leaves_half_open(half_open, form):
+    """A cancelled probe closes nothing, opens nothing, and frees the place (R24, M2, M11, M13)."""
+    breaker = half_open()
+
+    async def hang():
+        await asyncio.Event().wait()
+
+    async def in_block():
+        with breaker:
+            await hang()
+
+    async def with_permit():
+        with breaker.admit():
+            await hang()
+
+    work = {"decorator": breaker(hang), "block": in_block, "permit": with_permit}[form]
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    assert breaker.wait_time() == math.inf
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (breaker.state, breaker.wait_time(), breaker.failure_count) == ("half_open", 0, 0)
+
+
+async def test_timed_out_probe_leaves_half_open(half_open):
+    """A caller that loses patience has cancelled (R24, M13)."""
+    breaker = half_open()
+
+    @breaker
+    async def hang():
+        await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(hang(), 0.001)
+    assert (breaker.state, breaker.wait_time()) == ("half_open", 0)
+
+
+def test_dropped_probe_is_replaced_after_its_lease(half_open, clock):
+    """A permit that nobody holds any more blocks nothing for ever (R21, R24, M13)."""
+    breaker = half_open(probe_lease=60.0, successes_to_close=1)
+    breaker.admit()
+    gc.collect()
+    assert breaker.wait_time() == math.inf
+    assert breaker.recheck_time() == 60
+    clock.advance(60)
+    breaker.admit().success()
+    assert breaker.closed
+
+
+def test_hanging_probe_is_replaced_after_its_lease(crowd, half_open, clock):
+    """A probe that hangs does not keep the circuit from recovering (R24, M13)."""
+    breaker = half_open(successes_to_close=1)
+    admitted, recovered = Future(), Future()
+
+    def hanging():
+        with breaker.admit() as permit:
+            admitted.set_result(None)
+            yield recovered
+            permit.failure()
+
+    def healthy():
+        yield admitted
+        clock.advance(60)
+        breaker.admit().success()
+        recovered.set_result(None)
+
+    crowd([hanging(), healthy(), *(iter_nothing() for _ in range(4))])
+    assert breaker.closed
+
+
+def iter_nothing():
+    return
+    yield
+
+
+def test_generator_closed_in_the_middle_of_the_circuit_is_no_deadlock(half_open, clock):
+    """The collector may end a generator on the thread that is inside the circuit (R21)."""
+    breaker = half_open()
+    running = breaker(lambda: (yield 1))()
+    next(running)
+
+    class Collecting(Clock):
+        def __call__(self):
+            running.close()
+            return clock()
+
+    breaker._clock = Collecting()
+    worker = threading.Thread(target=breaker.try_admit, daemon=True)
+    worker.start()
+    worker.join(PATIENCE)
+    assert not worker.is_alive()
+    assert breaker.state == "half_open"
+
+
+# Waiting
+
+
+def test_nobody_waits_for_a_closed_circuit():
+    """Where a call would be let through, a waiter is called at once (R27)."""
+    breaker = CircuitBreaker(CircuitPolicy())
+    assert breaker.wait_time() == 0
+    assert breaker.recheck_time() == 0
+    assert breaker.enlist().done()
+
+
+def test_waiter_of_an_open_circuit_waits_its_time(clock):
+    """The open time is exact, and its end needs no call (R27)."""
+    breaker = CircuitBreaker(CircuitPolicy(jitter=0.0), clock=clock)
+    breaker.trip()
+    waiter = breaker.enlist()
+    assert not waiter.done()
+    assert breaker.recheck_time() == breaker.wait_time() == 5
+    clock.advance(5)
+    assert breaker.wait_time() == 0
+    assert breaker.enlist().done()
+
+
+def test_forced_open_needs_a_hand(clock):
+    """Where only a person can help, no time is promised (R25, R27)."""
+    breaker = CircuitBreaker(CircuitPolicy(), clock=clock)
+    breaker.force_open()
+    assert breaker.recheck_time() == math.inf
+    waiter = breaker.enlist()
+    breaker.auto()
+    assert waiter.done()
+
+
+def test_each_free_place_calls_the_longest_waiter(half_open):
+    """One waiter per place that becomes free, oldest first (R27)."""
+    breaker = half_open(successes_to_close=3)
+    probe = breaker.admit()
+    first, second, third = (breaker.enlist() for _ in range(3))
+    probe.success()
+    assert [waiter.done() for waiter in (first, second, third)] == [True, False, False]
+    breaker.admit().neutral()
+    assert [waiter.done() for waiter in (second, third)] == [True, False]
+
+
+@pytest.mark.parametrize("end", ["success", "failure", "force_open", "force_closed", "reset"])
+def test_every_change_calls_all(half_open, end):
+    """The verdict, and the hand, concern all who wait (R27)."""
+    breaker = half_open(successes_to_close=1)
+    probe = breaker.admit()
+    waiters = [breaker.enlist() for _ in range(5)]
+    getattr(probe if hasattr(probe, end) else breaker, end)()
+    assert all(waiter.done() for waiter in waiters)
+
+
+def test_called_waiter_that_leaves_passes_its_turn_on(half_open):
+    """A caller that is cancelled after its call takes nobody's chance away (R27)."""
+    breaker = half_open(successes_to_close=3)
+    probe = breaker.admit()
+    first, second = breaker.enlist(), breaker.enlist()
+    probe.neutral()
+    assert not second.done()
+    breaker.leave(first)
+    assert second.done()
+
+
+def test_waiter_that_leaves_is_not_called(half_open):
+    """Who has left keeps no place in line (R27)."""
+    breaker = half_open(successes_to_close=3)
+    probe = breaker.admit()
+    first, second = breaker.enlist(), breaker.enlist()
+    breaker.leave(first)
+    probe.neutral()
+    assert not first.done()
+    assert second.done()
+
+
+def test_cancelled_waiter_is_passed_over(half_open):
+    """A cancelled future is no waiter, even if its owner did not leave (R27)."""
+    breaker = half_open(successes_to_close=3)
+    probe = breaker.admit()
+    waiters = [breaker.enlist() for _ in range(2000)]
+    for waiter in waiters[:-1]:
+        waiter.cancel()
+    probe.neutral()
+    assert waiters[-1].done()
+
+
+def test_leaving_twice_or_as_a_stranger_does_no_harm(half_open):
+    """`leave` is safe in any `finally` (R27)."""
+    breaker = half_open()
+    probe = breaker.admit()
+    waiter = breaker.enlist()
+    for each in (waiter, waiter, Future()):
+        breaker.leave(each)
+    probe.neutral()
+    assert breaker.state == "half_open"
+
+
+def test_waiters_are_resolved_without_the_lock(half_open):
+    """What hangs on a waiter may use the circuit, from any thread (R12)."""
+    breaker = half_open(successes_to_close=1)
+    seen = []
+
+    def look(_):
+        reader = threading.Thread(target=lambda: seen.append(breaker.state), daemon=True)
+        reader.start()
+        reader.join(PATIENCE)
+
+    probe = breaker.admit()
+    breaker.enlist().add_done_callback(look)
+    probe.success()
+    assert seen == ["closed"]
+
+
+def waits_its_turn(breaker, act, *, leave_always):
+    """Wait until admitted, then `act` on the permit; like a call does."""
+    while (permit := breaker.try_admit()) is None:
+        waiter = breaker.enlist()
+        try:
+            yield waiter
+        finally:
+            if leave_always:
+                breaker.leave(waiter)
+    act(permit)
+    return True
+
+
+@pytest.mark.parametrize("leave_always", [True, False])
+def test_all_waiters_get_their_turn(crowd, half_open, leave_always):
+    """However probes end, nobody in line is forgotten (R27)."""
+    breaker = half_open(successes_to_close=40)
+    inside, most = 0, 0
+    endings = random.Random(1)
+
+    def act(permit):
+        nonlocal inside, most
+        if permit.probe:
+            inside += 1
+            most = max(most, inside)
+            inside -= 1
+        endings.choice([permit.success, permit.neutral])()
+
+    served = crowd([waits_its_turn(breaker, act, leave_always=leave_always) for _ in range(120)])
+    assert served == [True] * 120
+    assert most == 1
+
+
+async def test_cancelled_waiters_leave_the_others_their_turn(half_open):
+    """Half of those who wait are cancelled, some just after being called (R27)."""
+    breaker = half_open(successes_to_close=500)
+    served = []
+
+    async def wait(number):
+        while (permit := breaker.try_admit()) is None:
+            waiter = breaker.enlist()
+            try:
+                await asyncio.wrap_future(waiter)
+            finally:
+                breaker.leave(waiter)
+        await asyncio.sleep(0)
+        served.append(number)
+        permit.neutral()
+
+    first = breaker.admit()
+    tasks = [asyncio.create_task(wait(number)) for number in range(200)]
+    await asyncio.sleep(0)
+    first.neutral()
+    for task in tasks[::2]:
+        task.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait_for(asyncio.wait(tasks), PATIENCE)
+    assert set(range(1, 200, 2)) <= set(served)
+
+
+# Everything at once
+
+
+def test_nothing_wears_out(crowd):
+    """Whatever hundreds of callers do, the circuit ends up usable and says what it is (R8)."""
+    events = []
+    breaker = CircuitBreaker(
+        CircuitPolicy(recovery_time=1e-6, max_recovery_time=1e-6, failure_threshold=3),
+        listener=events.append,
+    )
+
+    def caller(number):
+        dice = random.Random(number)
+        for _ in range(100):
+            permit = breaker.try_admit()
+            if permit is None:
+                waiter = breaker.enlist()
+                breaker.leave(waiter)
+            elif dice.random() < 0.9:
+                dice.choice([permit.success, permit.failure, permit.neutral])()
+            else:
+                dice.choice([breaker.trip, breaker.reset, breaker.force_half_open, breaker.auto])()
+                permit.neutral()
+        return
+        yield
+
+    crowd([caller(number) for number in range(30)])
+    breaker.force_half_open()
+    for _ in range(2):
+        breaker.admit().success()
+    assert breaker.closed
+    for before, after in itertools.pairwise(events):
+        assert before.at <= after.at
+        assert not (type(before) is CircuitClosed and type(after) is CircuitClosed)
+    assert {type(event) for event in events} == {CircuitOpened, CircuitHalfOpened, CircuitClosed}
+
+
+# Fork
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("state", ["closed", "open", "half_open"])
+@pytest.mark.parametrize("held", [False, True])
+def test_child_of_a_fork_goes_on(state, held):
+    """A lock that another thread held at the fork, a probe and a waiter stay behind (R8)."""
+    breaker = CircuitBreaker(CircuitPolicy(recovery_time=300.0, successes_to_close=1))
+    if state != "closed":
+        breaker.trip()
+    if state == "half_open":
+        breaker.force_half_open()
+        breaker.admit()
+        breaker.enlist()
+    locked, may_go = threading.Event(), threading.Event()
+
+    def hold():
+        with breaker._lock:
+            locked.set()
+            may_go.wait()
+
+    holder = threading.Thread(target=hold, daemon=True)
+    if held:
+        holder.start()
+        locked.wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            expected = "closed" if held else state
+            usable = breaker.state == expected
+            permit = breaker.try_admit()
+            if expected == "open":
+                usable &= permit is None
+            else:
+                permit.success()
+                usable &= breaker.closed
+        finally:
+            os._exit(0 if usable else 1)
+    may_go.set()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert breaker.state == state

@@ -1,0 +1,311 @@
+"""Events are facts; they arrive in order, and nobody waits for whoever listens."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+import pickle
+import threading
+
+import pytest
+
+from dspy_resilient import events
+from dspy_resilient.events import (
+    CallFinished,
+    CircuitClosed,
+    CircuitHalfOpened,
+    CircuitOpened,
+    Event,
+    FellBack,
+    Hub,
+    RetryScheduled,
+    Throttled,
+)
+
+KINDS = [
+    each
+    for each in vars(events).values()
+    if isinstance(each, type) and issubclass(each, Event) and each is not Event
+]
+SAMPLES = {
+    "seconds": 1.5,
+    "attempts": 2,
+    "cache_hit": False,
+    "age": 3.0,
+    "reason": "failures",
+    "retry_after": None,
+    "hint": 7.0,
+    "outcome": "failure",
+    "error": "LMServerError",
+    "attempt": 2,
+}
+
+
+def sample(kind, **facts):
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    return kind(
+        **{"client": "fast", "at": 1.0, "target": "openai/x"}
+        | {name: SAMPLES[name] for name in needed if name in SAMPLES}
+        | facts
+    )
+
+
+def numbered(number):
+    return sample(RetryScheduled, attempt=number)
+
+
+def in_threads(*bodies):
+    threads = [threading.Thread(target=body, daemon=True) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive(), "a thread is stuck"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_event_is_a_frozen_fact(kind):
+    """Nobody can change what happened; equal facts are equal (R70)."""
+    event = sample(kind)
+    with pytest.raises((dataclasses.FrozenInstanceError, TypeError)):
+        event.client = "other"
+    assert not hasattr(event, "__dict__")
+    assert event == sample(kind)
+    assert event == pickle.loads(pickle.dumps(event)) == copy.deepcopy(event)
+    assert hash(event) == hash(sample(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_event_names_its_client_its_target_and_its_time(kind):
+    """Every event has client, target and at, and takes nothing by position (R70)."""
+    event = sample(kind)
+    assert (event.client, event.target, event.at) == ("fast", "openai/x", 1.0)
+    with pytest.raises(TypeError):
+        kind("fast", 1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_event_says_what_happened_in_the_past_tense(kind):
+    """Its name is a fact, not an order (R70)."""
+    assert kind.__doc__
+    assert kind.__name__.endswith(("ed", "Back", "Hit"))
+
+
+def test_one_listener_hears_everything_in_order():
+    """Events of one thread arrive as they were emitted (R13)."""
+    heard = []
+    hub = Hub(heard.append)
+    for number in range(100):
+        hub.emit(numbered(number))
+    assert heard == [numbered(number) for number in range(100)]
+
+
+def test_events_of_many_threads_never_overtake_each_other():
+    """Each thread's events arrive in its order, one at a time, none lost or doubled (R13)."""
+    heard, inside = [], []
+
+    def listen(event):
+        inside.append(1)
+        assert len(inside) == 1
+        heard.append(event)
+        inside.pop()
+
+    hub = Hub(listen)
+    barrier = threading.Barrier(8)
+
+    def emit_from(thread):
+        def body():
+            barrier.wait()
+            for number in range(200):
+                hub.emit(sample(RetryScheduled, client=str(thread), attempt=number))
+
+        return body
+
+    in_threads(*(emit_from(thread) for thread in range(8)))
+    assert len(heard) == 1600
+    for thread in range(8):
+        assert [e.attempt for e in heard if e.client == str(thread)] == list(range(200))
+
+
+def test_a_blocking_listener_blocks_nobody_else():
+    """Other threads emit and go on while a listener is stuck; it hears of it afterwards (R13)."""
+    entered, go_on, heard = threading.Event(), threading.Event(), []
+
+    def listen(event):
+        heard.append(event.attempt)
+        if event.attempt == 0:
+            entered.set()
+            go_on.wait(20)
+
+    hub = Hub(listen)
+    stuck = threading.Thread(target=lambda: hub.emit(numbered(0)), daemon=True)
+    stuck.start()
+    assert entered.wait(20)
+    in_threads(lambda: hub.emit(numbered(1)), lambda: hub.emit(numbered(2)))
+    assert heard == [0]
+    go_on.set()
+    stuck.join(20)
+    assert sorted(heard) == [0, 1, 2]
+
+
+def test_a_listener_may_emit():
+    """What a listener causes it hears after it has returned, in order (R13)."""
+    heard, depth = [], []
+
+    def listen(event):
+        assert not depth
+        depth.append(1)
+        heard.append(event.attempt)
+        if event.attempt < 3:
+            hub.emit(numbered(event.attempt + 1))
+        depth.pop()
+
+    hub = Hub(listen)
+    hub.emit(numbered(0))
+    assert heard == [0, 1, 2, 3]
+
+
+def test_a_listener_may_wait_for_a_thread_that_emits():
+    """No lock is held while a listener runs (R13)."""
+    heard = []
+
+    def listen(event):
+        heard.append(event.attempt)
+        if event.attempt == 0:
+            in_threads(lambda: hub.emit(numbered(1)))
+
+    hub = Hub(listen)
+    hub.emit(numbered(0))
+    assert heard == [0, 1]
+
+
+def test_a_failing_listener_breaks_nothing_and_is_logged_once(caplog):
+    """A hook that raises is somebody's bug and no outage (R13)."""
+    heard = []
+
+    def listen(event):
+        heard.append(event)
+        raise ValueError("my fault")
+
+    hub = Hub(listen)
+    for number in range(3):
+        hub.emit(numbered(number))
+    assert len(heard) == 3
+    (record,) = caplog.records
+    assert record.event == "dspy_resilient.listener_failed"
+    assert record.client == "fast"
+    assert record.exc_info[0] is ValueError
+
+
+def test_what_is_no_error_of_a_listener_goes_through():
+    """Ctrl-C in a listener stops the program, and the next event still arrives."""
+    heard = []
+
+    def listen(event):
+        heard.append(event.attempt)
+        if event.attempt == 0:
+            raise KeyboardInterrupt
+
+    hub = Hub(listen)
+    with pytest.raises(KeyboardInterrupt):
+        hub.emit(numbered(0))
+    hub.emit(numbered(1))
+    assert heard == [0, 1]
+
+
+CHANGES = [CircuitOpened, CircuitHalfOpened, CircuitClosed, Throttled]
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_of_state_is_one_line_with_its_name_and_facts(kind, caplog):
+    """The event's name is fixed text and the facts are extra (R70)."""
+    caplog.set_level(logging.DEBUG, logger="dspy_resilient")
+    event = sample(kind)
+    Hub().emit(event)
+    (record,) = caplog.records
+    assert record.name == "dspy_resilient"
+    assert record.event.startswith("dspy_resilient.")
+    assert record.event.replace("_", "").endswith(kind.__name__.lower())
+    assert record.facts == dataclasses.asdict(event)
+    assert record.getMessage().startswith(f"{record.event} client=fast target=openai/x")
+    assert "\n" not in record.getMessage()
+
+
+@pytest.mark.parametrize("kind", [each for each in KINDS if each not in CHANGES])
+def test_what_one_call_met_is_not_logged(kind, caplog):
+    """A log line per state change, never one per call (R70)."""
+    caplog.set_level(logging.DEBUG, logger="dspy_resilient")
+    Hub().emit(sample(kind))
+    assert not caplog.records
+
+
+def test_trouble_is_a_warning_and_its_end_is_not(caplog):
+    """An operator's filter by level finds what needs a look."""
+    caplog.set_level(logging.DEBUG, logger="dspy_resilient")
+    for kind in CHANGES:
+        Hub().emit(sample(kind))
+    levels = {record.event.rpartition(".")[2]: record.levelno for record in caplog.records}
+    assert levels == {
+        "circuit_opened": logging.WARNING,
+        "throttled": logging.WARNING,
+        "circuit_half_opened": logging.INFO,
+        "circuit_closed": logging.INFO,
+    }
+
+
+def test_nobody_listening_costs_nothing():
+    """Without a listener only what is logged is wanted."""
+    assert [kind for kind in KINDS if Hub().wants(kind)] == [
+        kind for kind in KINDS if kind in CHANGES
+    ]
+    assert all(Hub(print).wants(kind) for kind in KINDS)
+    assert not Hub().wants(CallFinished)
+    assert not Hub().wants(FellBack)
+
+
+def test_a_renewed_hub_delivers_again():
+    """A fork in the middle of a delivery leaves the child able to deliver, and nothing doubled (R8)."""
+    entered, go_on, heard = threading.Event(), threading.Event(), []
+
+    def listen(event):
+        heard.append(event.attempt)
+        if event.attempt == 0:
+            entered.set()
+            go_on.wait(20)
+
+    hub = Hub(listen)
+    stuck = threading.Thread(target=lambda: hub.emit(numbered(0)), daemon=True)
+    stuck.start()
+    assert entered.wait(20)
+    hub.emit(numbered(1))
+    hub.renew()  # what happens in the child, whose parent will deliver number 1
+    hub.emit(numbered(2))
+    assert heard == [0, 2]
+    go_on.set()
+    stuck.join(20)
+    assert heard == [0, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_listener_may_fork():
+    """The child of a listener goes on from there (R8)."""
+    heard = []
+
+    def listen(event):
+        heard.append(event.attempt)
+        if event.attempt == 0 and os.fork() == 0:
+            hub.renew()
+
+    hub = Hub(listen)
+    parent = os.getpid()
+    try:
+        hub.emit(numbered(0))
+        hub.emit(numbered(1))
+    finally:
+        if os.getpid() != parent:
+            os._exit(0 if heard == [0, 1] else 1)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+    assert heard == [0, 1]

@@ -1,0 +1,502 @@
+"""How an error is judged: what the circuit hears, and what may be tried next."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import email.utils
+import itertools
+import json
+import socket
+import ssl
+import sys
+
+import anyio
+import dspy
+import httpx
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspy_resilient import errors
+from dspy_resilient.circuit.outcome import (
+    Kind,
+    classify,
+    empty_answer,
+    redacted,
+    retry_after,
+)
+from dspy_resilient.circuit.state import Outcome
+
+NOW = 1_790_000_000.0
+
+
+def wall():
+    return NOW
+
+
+def linked(*chain):
+    """Let each error be the cause of the one before it; return the first."""
+    for outer, inner in itertools.pairwise(chain):
+        outer.__cause__ = inner
+    return chain[0]
+
+
+def named(name, /, *bases, **attributes):
+    """An error of a class that is only known by its name, as LiteLLM's are."""
+    error = type(name, bases or (Exception,), {})()
+    for attribute, value in attributes.items():
+        setattr(error, attribute, value)
+    return error
+
+
+def wire(status, headers=None, text=""):
+    """httpx's error for a response with this status."""
+    request = httpx.Request("POST", "http://provider/v1")
+    response = httpx.Response(status, headers=headers, text=text, request=request)
+    return httpx.HTTPStatusError("boom", request=request, response=response)
+
+
+def decode_error():
+    return json.JSONDecodeError("Expecting value", "<html>", 0)
+
+
+TABLE = {
+    # what was raised -> kind
+    "DSPy server error": (dspy.LMServerError(status=500), Kind.FAILURE),
+    "500": (linked(dspy.LMServerError(status=500), wire(500)), Kind.FAILURE),
+    "529 that LiteLLM calls 500": (linked(dspy.LMServerError(status=500), wire(529)), Kind.FAILURE),
+    "502 that LiteLLM calls 500": (
+        linked(dspy.LMTransportError(status=500), wire(502)),
+        Kind.FAILURE,
+    ),
+    "504 from a gateway": (linked(dspy.LMTimeoutError(status=504), wire(504)), Kind.FAILURE),
+    "504, native engine": (dspy.LMTimeoutError(status=504), Kind.FAILURE),
+    "connection refused": (
+        linked(dspy.LMServerError(status=500), httpx.ConnectError("x"), ConnectionRefusedError()),
+        Kind.FAILURE,
+    ),
+    "no such host": (linked(dspy.LMTransportError(), socket.gaierror()), Kind.FAILURE),
+    "TLS": (linked(dspy.LMTransportError(), ssl.SSLError()), Kind.FAILURE),
+    "reset, raw": (httpx.ReadError("x"), Kind.FAILURE),
+    "cut stream, raw": (
+        linked(dspy.LMUnexpectedError(), httpx.RemoteProtocolError("x")),
+        Kind.FAILURE,
+    ),
+    "a socket AnyIO calls broken": (
+        linked(dspy.LMTransportError(), httpx.ReadError("x"), anyio.BrokenResourceError()),
+        Kind.FAILURE,
+    ),
+    "stream without an end": (dspy.LMStreamAssemblyError(), Kind.FAILURE),
+    "malformed chunk": (linked(dspy.LMUnexpectedError(), decode_error()), Kind.FAILURE),
+    "error event in a stream": (dspy.LMProviderError(), Kind.FAILURE),
+    "unreadable body": (linked(dspy.LMServerError(status=500), decode_error()), Kind.FAILURE),
+    "unreadable body, native engine": (
+        linked(dspy.LMProviderError(status=200), decode_error()),
+        Kind.FAILURE,
+    ),
+    "unreadable body from Gemini": (
+        linked(dspy.LMInvalidRequestError(status=422), decode_error()),
+        Kind.FAILURE,
+    ),
+    "200 that is an error": (named("APIError", status_code=200), Kind.FAILURE),
+    "transport error without a cause": (dspy.LMTransportError(), Kind.FAILURE),
+    "read timeout": (
+        linked(dspy.LMTimeoutError(status=408), httpx.ReadTimeout("x")),
+        Kind.TIMEOUT,
+    ),
+    "read timeout, native engine": (
+        linked(dspy.LMTransportError(), named("ReadTimeout"), TimeoutError()),
+        Kind.TIMEOUT,
+    ),
+    "the provider's own 408": (linked(dspy.LMTimeoutError(status=408), wire(408)), Kind.TIMEOUT),
+    "the caller's timeout": (TimeoutError(), Kind.TIMEOUT),
+    "a timeout that cancelled something": (
+        linked(dspy.LMTransportError(), TimeoutError(), asyncio.CancelledError()),
+        Kind.TIMEOUT,
+    ),
+    "our deadline": (errors.DeadlineExceededError("late"), Kind.TIMEOUT),
+    "429": (linked(dspy.LMRateLimitError(status=429), wire(429)), Kind.THROTTLED),
+    "429, native engine": (dspy.LMRateLimitError(), Kind.THROTTLED),
+    "402": (linked(dspy.LMInvalidRequestError(status=402), wire(402)), Kind.BILLING),
+    "DSPy billing error": (dspy.LMBillingError(), Kind.BILLING),
+    "quota in a 429's code": (
+        linked(dspy.LMRateLimitError(status=429, provider_code="insufficient_quota"), wire(429)),
+        Kind.BILLING,
+    ),
+    "quota in a 429's body": (
+        named("RateLimitError", status_code=429, body={"error": {"code": "insufficient_quota"}}),
+        Kind.BILLING,
+    ),
+    "quota in a 400's text": (
+        linked(dspy.LMInvalidRequestError('{"code": "insufficient_quota"}', status=400), wire(400)),
+        Kind.BILLING,
+    ),
+    "Anthropic's empty account": (
+        linked(
+            dspy.LMInvalidRequestError("Your credit balance is too low to", status=400), wire(400)
+        ),
+        Kind.BILLING,
+    ),
+    "401": (linked(dspy.LMAuthError(status=401), wire(401)), Kind.AUTH),
+    "401, native engine": (dspy.LMAuthError(), Kind.AUTH),
+    "403 that LiteLLM calls a bad request": (
+        linked(named("BadRequestError", status_code=403), wire(403)),
+        Kind.AUTH,
+    ),
+    "403 without more": (named("APIError", status_code=403), Kind.AUTH),
+    "context window": (dspy.ContextWindowExceededError(status=400), Kind.CONTEXT),
+    "context window of a 400": (
+        linked(named("ContextWindowExceededError", status_code=400), wire(400)),
+        Kind.CONTEXT,
+    ),
+    "content policy by class": (
+        linked(dspy.LMInvalidRequestError(status=400), named("ContentPolicyViolationError")),
+        Kind.POLICY,
+    ),
+    "content policy by code": (
+        dspy.LMInvalidRequestError(status=400, provider_code="content_filter"),
+        Kind.POLICY,
+    ),
+    "400": (linked(dspy.LMInvalidRequestError(status=400), wire(400)), Kind.REQUEST),
+    "404": (linked(dspy.LMUnsupportedModelError(status=404), wire(404)), Kind.REQUEST),
+    "413 that LiteLLM calls 400": (
+        linked(dspy.LMInvalidRequestError(status=400), wire(413)),
+        Kind.REQUEST,
+    ),
+    "a real 422": (linked(dspy.LMInvalidRequestError(status=422), wire(422)), Kind.REQUEST),
+    "our own tool call, misspelt": (
+        linked(dspy.LMInvalidRequestError(status=400), decode_error()),
+        Kind.REQUEST,
+    ),
+    "unsupported feature": (dspy.LMUnsupportedFeatureError("x"), Kind.REQUEST),
+    "open circuit": (errors.CircuitOpenError("x", retry_after=3.0), Kind.REJECTED),
+    "a nested client's own": (errors.AllTargetsFailedError("x"), Kind.REJECTED),
+    "cancellation": (asyncio.CancelledError(), Kind.CANCELLED),
+    "a cancelled future": (concurrent.futures.CancelledError(), Kind.CANCELLED),
+    "Ctrl-C": (KeyboardInterrupt(), Kind.CANCELLED),
+    "a generator closed": (GeneratorExit(), Kind.CANCELLED),
+    "a consumer that left": (
+        linked(dspy.LMUnexpectedError(), anyio.BrokenResourceError()),
+        Kind.CANCELLED,
+    ),
+    "a consumer that closed": (anyio.ClosedResourceError(), Kind.CANCELLED),
+    "TypeError": (TypeError("n must be an int"), Kind.LOCAL),
+    "an engine's bug": (linked(dspy.LMUnexpectedError(), RuntimeError()), Kind.LOCAL),
+    "a JSON error nobody wrapped": (decode_error(), Kind.LOCAL),
+    "missing package": (ModuleNotFoundError("mcp"), Kind.LOCAL),
+    "missing package that LiteLLM calls 500": (
+        linked(dspy.LMTransportError(status=500), ModuleNotFoundError("mcp")),
+        Kind.LOCAL,
+    ),
+    "missing OpenAI key that LiteLLM calls 500": (
+        linked(
+            dspy.LMServerError(status=500),
+            named("InternalServerError", status_code=500),
+            openai.OpenAIError("no key"),
+        ),
+        Kind.LOCAL,
+    ),
+    "missing key, native engine": (dspy.LMNotConfiguredError(), Kind.LOCAL),
+    "an address that is none": (
+        linked(dspy.LMServerError(status=500), httpx.UnsupportedProtocol("x")),
+        Kind.LOCAL,
+    ),
+    "LiteLLM's own budget": (
+        linked(dspy.LMBillingError(), named("BudgetExceededError")),
+        Kind.LOCAL,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_every_ending_has_its_kind(case):
+    """DSPy's classes first, then the status that came over the wire, then what lies beneath (5)."""
+    error, kind = TABLE[case]
+    assert classify(error).kind is kind
+
+
+FLAGS = {
+    # an error of each kind, what the circuit hears, whether to retry, whether to go on
+    Kind.FAILURE: (dspy.LMServerError(), Outcome.FAILURE, True, True),
+    Kind.TIMEOUT: (dspy.LMTimeoutError(), Outcome.NEUTRAL, True, True),
+    Kind.THROTTLED: (dspy.LMRateLimitError(), Outcome.NEUTRAL, True, True),
+    Kind.BILLING: (dspy.LMBillingError(), Outcome.NEUTRAL, False, True),
+    Kind.AUTH: (dspy.LMAuthError(), Outcome.NEUTRAL, False, True),
+    Kind.CONTEXT: (dspy.ContextWindowExceededError(), Outcome.NEUTRAL, False, False),
+    Kind.POLICY: (named("ContentPolicyViolationError"), Outcome.NEUTRAL, False, False),
+    Kind.REQUEST: (dspy.LMInvalidRequestError(), Outcome.NEUTRAL, False, False),
+    Kind.REJECTED: (errors.LimitExceededError(), Outcome.NEUTRAL, False, True),
+    Kind.CANCELLED: (asyncio.CancelledError(), Outcome.NEUTRAL, False, False),
+    Kind.LOCAL: (TypeError(), Outcome.NEUTRAL, False, False),
+}
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_every_kind_follows_the_table(kind):
+    """Circuit, retry and next target are those of the outcome table (5)."""
+    error, *expected = FLAGS[kind]
+    verdict = classify(error)
+    assert [verdict.kind, verdict.outcome, verdict.retry, verdict.next_target] == [kind, *expected]
+
+
+def test_the_table_is_complete():
+    """Every kind but an answer can come of an error."""
+    assert set(FLAGS) == set(Kind) - {Kind.ANSWER}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "timeout", "outcome"),
+    [
+        (0.4, 0.5, Outcome.NEUTRAL),
+        (0.5, 0.5, Outcome.FAILURE),
+        (9.9, 600.0, Outcome.NEUTRAL),
+        (10.0, 600.0, Outcome.FAILURE),
+        (9.9, None, Outcome.NEUTRAL),
+        (10.0, None, Outcome.FAILURE),
+    ],
+)
+def test_a_timeout_is_a_failure_only_if_it_ran_long(seconds, timeout, outcome):
+    """A failure from min(10 s, the client's own timeout), else the caller was impatient (5)."""
+    verdict = classify(dspy.LMTimeoutError(), seconds=seconds, timeout=timeout)
+    assert (verdict.kind, verdict.outcome) == (Kind.TIMEOUT, outcome)
+
+
+@pytest.mark.parametrize("status", [400, 401, 422, 500, None])
+def test_what_was_not_handed_off_is_nobodys_fault_but_ours(status):
+    """Whatever status LiteLLM makes up for it (R35)."""
+    verdict = classify(named("InternalServerError", status_code=status), handed_off=False)
+    assert (verdict.kind, verdict.outcome) == (Kind.LOCAL, Outcome.NEUTRAL)
+
+
+def test_what_was_handed_off_and_broke_is_the_providers_fault():
+    """A bare ValueError out of LiteLLM, say for an error event in a stream, is a failure (5)."""
+    error = linked(dspy.LMUnexpectedError(), ValueError("overloaded"))
+    assert classify(error, handed_off=True).kind is Kind.FAILURE
+    assert classify(error, handed_off=None).kind is Kind.LOCAL
+
+
+def test_an_answer_of_the_wrong_shape_is_a_failure():
+    """Gemini's 422 over a ValueError is a 200 that LiteLLM could not read (5)."""
+    error = linked(named("BadRequestError", status_code=422), ValueError("no candidates"))
+    assert classify(error, handed_off=True).kind is Kind.FAILURE
+
+
+def test_a_prompt_cannot_empty_the_account():
+    """Text counts for billing only, and only under a status that can mean it (5)."""
+    error = dspy.LMServerError("insufficient_quota", status=500)
+    assert classify(error).kind is Kind.FAILURE
+
+
+def test_a_credential_lock_is_waited_for():
+    """A lock file of this machine is no provider's fault, and soon free: DSPy retries it too."""
+    verdict = classify(dspy.LMLockTimeoutError("x"))
+    assert (verdict.kind, verdict.outcome, verdict.retry) == (Kind.LOCAL, Outcome.NEUTRAL, True)
+
+
+def test_causes_hang_on_original_exception_too():
+    """MidStreamFallbackError keeps its cause in `original_exception` (5)."""
+    error = named("MidStreamFallbackError", original_exception=wire(429))
+    assert classify(error).kind is Kind.THROTTLED
+
+
+def test_what_the_caller_was_handling_is_no_cause():
+    """An adapter's parse error, or an earlier attempt's 429, says nothing about this attempt."""
+
+    def attempt():
+        try:
+            int("inner")
+        except ValueError:
+            raise dspy.LMInvalidRequestError(status=400)  # noqa: B904
+
+    try:
+        raise wire(429, {"retry-after": "7"})
+    except httpx.HTTPStatusError:
+        with pytest.raises(dspy.LMInvalidRequestError) as caught:
+            attempt()
+        verdict = classify(caught.value)
+    assert isinstance(caught.value.__context__.__context__, httpx.HTTPStatusError)
+    assert (verdict.kind, verdict.retry_after) == (Kind.REQUEST, None)
+
+
+async def test_what_the_awaiting_coroutine_was_handling_is_no_cause():
+    """The same across `await`."""
+
+    async def attempt():
+        await asyncio.sleep(0)
+        raise dspy.LMInvalidRequestError(status=422)
+
+    try:
+        json.loads("{")
+    except ValueError:
+        with pytest.raises(dspy.LMInvalidRequestError) as caught:
+            await attempt()
+        verdict = classify(caught.value)
+    assert isinstance(caught.value.__context__, ValueError)
+    assert verdict.kind is Kind.REQUEST
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"RETRY-AFTER": " 0 "}, 0.0),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after-ms": "250", "retry-after": "7"}, 0.25),
+        ({"retry-after": email.utils.formatdate(NOW + 90, usegmt=True)}, 90.0),
+        ({"x-ratelimit-reset-requests": "1s"}, 1.0),
+        ({"x-ratelimit-reset-tokens": "6m0s"}, 360.0),
+        ({"x-ratelimit-reset-tokens": "20ms"}, 0.02),
+        ({"x-ratelimit-reset-tokens": "2m59.56s"}, 179.56),
+        ({"x-ratelimit-reset-tokens-minute": "11.38"}, 11.38),
+        ({"x-ratelimit-reset-requests": "1s", "x-ratelimit-reset-tokens": "6m0s"}, 1.0),
+        (
+            {
+                "x-ratelimit-reset-requests": "1s",
+                "x-ratelimit-remaining-requests": "59",
+                "x-ratelimit-reset-tokens": "6m0s",
+                "x-ratelimit-remaining-tokens": "0",
+            },
+            360.0,
+        ),
+        ({"anthropic-ratelimit-input-tokens-reset": "2026-09-21T14:14:10Z"}, 50.0),
+        ({"retry-after": "nan", "x-ratelimit-reset-requests": "2s"}, 2.0),
+        ({"retry-after": "-1"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after": "90000"}, 90_000.0),
+        ({"retry-after": "2700000"}, None),
+        ({"x-ratelimit-reset-tokens": "1d12h"}, 129_600.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": ""}, None),
+        ({"retry-after": "9" * 400}, None),
+        ({"retry-after": email.utils.formatdate(NOW - 90, usegmt=True)}, None),
+        ({"x-ratelimit-reset-requests": "1790000060"}, None),
+        ({"x-ratelimit-limit-requests": "60"}, None),
+        ({}, None),
+    ],
+)
+def test_the_hint_is_read_wherever_the_provider_puts_it(headers, seconds):
+    """Seconds, milliseconds, dates and reset times; nonsense is ignored (R28)."""
+    read = retry_after(
+        named("RateLimitError", litellm_response_headers=headers, status_code=429), wall=wall
+    )
+    assert read == (None if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        dspy.LMRateLimitError(retry_after=7.0),
+        linked(dspy.LMRateLimitError(), named("RateLimitError", retry_after=7)),
+        linked(dspy.LMRateLimitError(), wire(429, {"Retry-After": "7"})),
+        linked(dspy.LMRateLimitError(), named("X", headers={"Retry-After": "7"})),
+        linked(
+            dspy.LMRateLimitError(),
+            named("X", litellm_response_headers=httpx.Headers({"retry-after": "7"})),
+        ),
+        named("X", original_exception=wire(429, {"retry-after": "7"})),
+        named("X", status=429, rate_limit_headers={"x-ratelimit-reset-requests": ("7s", "9s")}),
+    ],
+)
+def test_the_hint_is_found_anywhere_on_the_chain(error):
+    """DSPy loses it on LiteLLM's route; LiteLLM keeps it in `litellm_response_headers` (R28)."""
+    assert retry_after(error, wall=wall) == 7.0
+    assert classify(error, wall=wall).retry_after == 7.0
+
+
+def test_the_hint_is_not_clamped():
+    """The caller learns what was asked for; how much of it is obeyed is the gate's business (R28)."""
+    assert classify(dspy.LMRateLimitError(retry_after=86_000.0)).retry_after == 86_000.0
+
+
+@pytest.mark.parametrize(("status", "seconds"), [(429, 3.0), (503, 3.0), (529, 3.0), (500, None)])
+def test_reset_times_count_only_when_the_provider_is_busy(status, seconds):
+    """They are sent with every answer, so after a 500 they mean nothing (R28)."""
+    assert retry_after(wire(status, {"x-ratelimit-reset-tokens": "3s"}), wall=wall) == seconds
+
+
+def test_a_rejection_keeps_its_own_time():
+    """A nested client says itself when to come back (5)."""
+    assert classify(errors.CircuitOpenError("x", retry_after=3.0)).retry_after == 3.0
+
+
+class RubbishError(Exception):
+    """An error whose every attribute explodes or lies."""
+
+    headers = litellm_response_headers = 7
+    body = {"error": ["x"]}  # noqa: RUF012
+    retry_after = "soon"
+    status = True
+    status_code = "4o4"
+    original_exception = "nobody"
+    code = property(lambda self: 1 / 0)
+    response = property(lambda self: 1 / 0)
+
+    def __str__(self):
+        raise RuntimeError
+
+
+def test_a_broken_error_is_judged_all_the_same():
+    """Nothing about an error makes `classify` raise."""
+    assert classify(linked(RubbishError(), RubbishError())).kind is Kind.LOCAL
+    assert retry_after(RubbishError()) is None
+    assert redacted(RubbishError()) == "RubbishError"
+
+
+def test_a_chain_that_bites_its_tail_ends():
+    """Errors may cause each other, and chains may be long."""
+    one, two = ValueError(), KeyError()
+    one.__cause__, two.__cause__ = two, one
+    assert classify(one).kind is Kind.LOCAL
+    assert classify(linked(*(ValueError() for _ in range(5000)))).kind is Kind.LOCAL
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["retry-after", "retry-after-ms", "x-ratelimit-reset-tokens"]),
+        st.one_of(st.text(max_size=80), st.floats().map(str), st.datetimes().map(str)),
+    )
+)
+def test_no_header_makes_it_raise(headers):
+    """Whatever a provider sends, a hint is a number of seconds within a month, or None (R28)."""
+    seconds = retry_after(named("X", headers=headers, status_code=429), wall=wall)
+    assert seconds is None or 0 <= seconds <= 31 * 86_400
+
+
+def test_no_prompt_gets_into_the_redacted_text():
+    """Class, status and code only: messages may hold prompts and keys (R7)."""
+    error = linked(
+        dspy.LMServerError("You wrote: my secret", status=500, provider_code="server_error"),
+        wire(500, text="my secret"),
+    )
+    assert redacted(error) == "LMServerError 500 server_error"
+    assert redacted(dspy.LMRateLimitError("sk-1234", status=429)) == "LMRateLimitError 429"
+    assert redacted(named("X", body={"error": {"code": "my secret prompt"}})) == "X"
+
+
+@pytest.mark.parametrize(
+    ("response", "empty"),
+    [
+        ([], True),
+        ([""], False),
+        (["text"], False),
+        ({"choices": []}, True),
+        ({"choices": [{}]}, False),
+        (type("R", (), {"choices": []})(), True),
+        (type("R", (), {"choices": [1]})(), False),
+        (type("R", (), {"output": []})(), True),
+        (object(), False),
+        (None, False),
+    ],
+)
+def test_an_answer_without_choices_is_empty(response, empty):
+    """Zero choices are a failure; an empty text is an answer (5)."""
+    assert empty_answer(response) is empty
+
+
+def test_judging_needs_no_litellm():
+    """The circuit's own modules read names and attributes, and import neither SDK nor LiteLLM."""
+    for name in ("outcome", "causes", "hint"):
+        module = sys.modules[f"dspy_resilient.circuit.{name}"]
+        assert not {"litellm", "openai", "httpx", "asyncio", "anyio"} & set(vars(module))
