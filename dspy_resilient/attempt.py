@@ -21,7 +21,6 @@ from dspy_resilient import providers
 from dspy_resilient.cache import Answer
 from dspy_resilient.circuit import Kind, Outcome, classify
 from dspy_resilient.errors import DeadlineExceededError
-from dspy_resilient.route import setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -188,7 +187,7 @@ class Attempt:
     def _twin(self, tags: dict[str, Any]) -> Any:
         """Return a plain copy of the target for one request: no cache, no retries, no callbacks."""
         lm = self.target.lm
-        twin = object.__new__(self.target.kind)
+        twin: Any = object.__new__(self.target.kind)
         twin.__dict__.update(lm.__dict__)
         twin.cache = False
         twin.num_retries = 0
@@ -213,9 +212,7 @@ class Attempt:
         self._record = entry
         if self._discard:
             return
-        entry["kwargs"] = {
-            name: value for name, value in self.call.kwargs.items() if _goes_on_record(name)
-        }
+        entry["kwargs"] = self.call.recorded()
         entry["attempts"] = self.call.attempts
         kind: Any = self.target.kind
         kind.update_history(twin, entry)
@@ -262,11 +259,10 @@ class Attempt:
         return verdict
 
     def _judge(self, error: BaseException, handed_off: bool | None = None) -> Verdict:
-        timeout = setting("timeout", self.target.lm, self.call.kwargs)
         return classify(
             error,
             seconds=self.seconds,
-            timeout=timeout if isinstance(timeout, (int, float)) else None,
+            timeout=self.target.timeout(self.call),
             handed_off=handed_off,
         )
 
@@ -307,10 +303,6 @@ class Attempt:
             f"{self._route.label} was still being waited for",
             client=name,
         )
-
-
-def _goes_on_record(name: str) -> bool:
-    return not name.startswith("api_") and name not in ("prompt", "messages", "request")
 
 
 def _tokens(record: dict[str, Any] | None) -> int | None:

@@ -82,7 +82,7 @@ class Served(NamedTuple):
     stale: bool = False
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Call:
     """What a user asked for, and how far it has got.
 
@@ -90,6 +90,7 @@ class Call:
         method: Name of DSPy's public call method.
         args: Its positional arguments.
         kwargs: Its keywords, less our own.
+        own: Our own among its keywords (`cache`, `num_retries`), where given.
         key: Cache key under the primary, or None if the call is not to be cached.
         targets: The primary and its fallbacks, in order.
         streams: Whether chunks go to a consumer while the call runs.
@@ -102,6 +103,7 @@ class Call:
     method: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    own: dict[str, Any]
     key: str | None
     targets: tuple[Target, ...]
     streams: bool
@@ -112,6 +114,14 @@ class Call:
     deadline: float = math.inf
     patience: float | None = None
     attempts: list[AttemptSummary] = field(default_factory=list)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the keywords as DSPy's history shows them."""
+        return {
+            name: value
+            for name, value in (self.own | self.kwargs).items()
+            if not name.startswith("api_") and name not in ("prompt", "messages", "request")
+        }
 
     def left(self, now: float) -> float:
         """Return the seconds until the deadline."""
@@ -129,7 +139,7 @@ class Call:
         return now < end if math.isinf(wait) else now + wait <= end
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class _Turn:
     """One target's share of a call: attempts used, and how the last one ended."""
 
@@ -341,9 +351,10 @@ def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[A
 
 def _clear_the_way(call: Call, client: Runtime, target: Target, route: Route) -> Steps[Attempt]:
     """Gate, then limits, then circuit: what waits comes first, so that no permit waits (R11)."""
-    passage = yield from _pass_gate(call, client, route)
+    lease = target.timeout(call) or 0.0
+    passage = yield from _pass_gate(call, client, route, lease)
     slot = yield from _take_slot(call, client, target, route, passage)
-    admission = route.admit()
+    admission = route.admit(lease)
     if admission is None:
         _release(passage, slot)
         raise _rejected(client, route, route.rejection())
@@ -409,10 +420,10 @@ def _pause(call: Call, client: Runtime, turn: _Turn, route: Route, failure: Exce
     return wait
 
 
-def _pass_gate(call: Call, client: Runtime, route: Route) -> Steps[GatePass]:
+def _pass_gate(call: Call, client: Runtime, route: Route, lease: float) -> Steps[GatePass]:
     """Wait until the provider's last 429 is over (R28)."""
     gate = route.gate
-    while (passage := gate.admit()) is None:
+    while (passage := gate.admit(lease)) is None:
         wait, now = gate.wait_time(), client.clock()
         if _is_hopeless(client, gate) or (math.isfinite(wait) and wait >= call.left(now)):
             hint = gate.hint

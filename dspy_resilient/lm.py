@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import uuid
 import warnings
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import dspy
@@ -24,6 +22,7 @@ from dspy_resilient.cache import disk_folder, tenant_of
 from dspy_resilient.call import Call, Served, complete
 from dspy_resilient.events import CallFinished
 from dspy_resilient.fallbacks import build_fallbacks, check_fallbacks, vary_fallbacks
+from dspy_resilient.history import entry_of_hit
 from dspy_resilient.observe.stats import Stats
 from dspy_resilient.options import (
     UNSET,
@@ -38,7 +37,15 @@ from dspy_resilient.options import (
 from dspy_resilient.policies import CachePolicy
 from dspy_resilient.route import endpoint_of, setting
 from dspy_resilient.runtime import Runtime
-from dspy_resilient.saving import check_credentials, dump_options, load_options, savable
+from dspy_resilient.saving import (
+    STATE_KEY,
+    TRAINING,
+    check_credentials,
+    clean_state,
+    dump_options,
+    load_options,
+    savable,
+)
 from dspy_resilient.target import Target, key_of
 
 if TYPE_CHECKING:
@@ -48,7 +55,6 @@ if TYPE_CHECKING:
     from dspy_resilient.events import Listener
     from dspy_resilient.policies import CircuitPolicy, LimitPolicy, RetryPolicy
 
-_STATE_KEY = "resilient"
 _ME = "ResilientLM"
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
@@ -240,16 +246,23 @@ class ResilientLM(dspy.LM):
     def _begin(self, method: str, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Call:
         """Take our own keywords out of a call, and find its key."""
         refuse_stream(kwargs)
-        own = {name: kwargs.pop(name) for name in ("cache", "num_retries") if name in kwargs}
+        own: dict[str, Any] = {
+            name: kwargs.pop(name) for name in ("cache", "num_retries") if name in kwargs
+        }
         if own:
             check_call_options(**own)
         refuse_ours("a call", kwargs)
         cache: bool | None = own.get("cache")
-        retries: int = own.get("num_retries", self.num_retries)
+        retries: Any = own.get("num_retries", self.num_retries)
+        if prompt is None and isinstance(kwargs.get("request"), dspy.lm15.Request):
+            prompt = kwargs.pop("request")
+        if isinstance(prompt, dspy.lm15.Request):
+            if prompt.model != self.model:  # as DSPy has it; a fallback's own attempt may differ
+                raise ValueError("Request.model must match LM.model")
+        elif messages is not None and not called_by_adapter(self, messages):
+            _warn_messages()
         if messages is not None:
             kwargs["messages"] = messages
-            if not called_by_adapter(self, messages):
-                _warn_messages()
         if self._is_rebuilt:
             check_credentials(self, kwargs)
             for each in self._fallbacks:
@@ -262,6 +275,7 @@ class ResilientLM(dspy.LM):
             method=method,
             args=args,
             kwargs=kwargs,
+            own=own,
             key=key_of(self, method, args, kwargs, runtime.tenant) if cached else None,
             targets=self._targets(),
             streams=dspy.settings.send_stream is not None,
@@ -300,29 +314,14 @@ class ResilientLM(dspy.LM):
         return _OutputsForAdapter(outputs, lambda: self._runtime.cache.evict(answer.key))
 
     def _record_hit(self, call: Call, served: Served) -> None:
-        self._runtime.tally.add("tokens_saved", served.answer.tokens)
+        tally = self._runtime.tally
+        tally.add("tokens_saved", served.answer.tokens)
+        tally.add("cost_saved", served.answer.cost or 0.0)
         if dspy.settings.disable_history:
             return
-        record = served.answer.replayed_record()
-        if record is None:
-            return
-        request = next((arg for arg in call.args if isinstance(arg, dspy.lm15.Request)), None)
-        if request is not None:
-            record["request"] = request
-        entry = {
-            "prompt": call.args[0] if call.args and request is None else None,
-            "messages": call.kwargs.get("messages"),
-            "kwargs": {
-                k: v for k, v in call.kwargs.items() if not k.startswith("api_") and k != "messages"
-            },
-            **record,
-            "timestamp": datetime.now().isoformat(),  # noqa: DTZ005, TID251  # read by people, as DSPy writes it
-            "uuid": str(uuid.uuid4()),
-            "attempts": [],
-        }
-        if served.stale:
-            entry["stale"] = True
-        super().update_history(entry)
+        entry = entry_of_hit(call, served)
+        if entry is not None:
+            super().update_history(entry)
 
     def _finished(
         self, call: Call, started: float, *, hit: bool = False, error: BaseException | None = None
@@ -370,22 +369,24 @@ class ResilientLM(dspy.LM):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle may hold: no runtime, no credential, no callable."""
         state: dict[str, Any] = super().__getstate__()
-        lost = ["callbacks"] if self.callbacks else []
-        for name in ("kwargs", "launch_kwargs", "train_kwargs"):
-            state[name], secrets, hooks = savable(state[name])
-            lost += hooks if name == "kwargs" else (*hooks, *secrets)
-        state["_dropped"] = self._all_dropped()
+        state["kwargs"], secrets, lost = savable(self.kwargs)
+        state["_dropped"] = tuple(sorted({*self._dropped, *secrets}))
+        for name in TRAINING:
+            state[name], own, hooks = savable(state[name])
+            lost = (*lost, *own, *hooks)
+        if self.callbacks:
+            lost = (*lost, "callbacks")
         for name in ("_runtime", "_primary", "_fallbacks", "_given_fallbacks", "_is_rebuilt"):
             del state[name]
         state["history"] = []
         state["callbacks"] = []
-        state[_STATE_KEY] = self._dump_options(lost)
+        state[STATE_KEY] = self._dump_options(lost)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild from a pickle with an empty runtime."""
         state = dict(state)
-        options = load_options(state.pop(_STATE_KEY), type(self), allow_custom=True)
+        options = load_options(state.pop(STATE_KEY), type(self), allow_custom=True)
         super().__setstate__(state)
         name, fallbacks = options.pop("name"), options.pop("fallbacks")
         circuit = options.pop("circuit") or None
@@ -398,17 +399,11 @@ class ResilientLM(dspy.LM):
         Warns once of what cannot be saved and will not be missed by a call: functions, and
         credentials of `launch_kwargs` and `train_kwargs`.
         """
-        state: dict[str, Any] = super().dump_state()
-        kept, _, lost = savable(self.kwargs)
-        for name in self.kwargs.keys() - kept.keys():
-            state.pop(name, None)
-        for name in ("launch_kwargs", "train_kwargs"):
-            state[name], secrets, hooks = savable(state[name])
-            lost = (*lost, *hooks, *secrets)
+        state, secrets, lost = clean_state(super().dump_state(), self.kwargs)
         state.setdefault("engine", self.engine)
-        state[_STATE_KEY] = {
+        state[STATE_KEY] = {
             **self._dump_options(lost),
-            "dropped": list(self._all_dropped()),
+            "dropped": sorted({*self._dropped, *secrets}),
             "max_wait": self.max_wait,
             "deadline": self.deadline,
         }
@@ -416,10 +411,6 @@ class ResilientLM(dspy.LM):
 
     def _dump_options(self, lost: Iterable[str]) -> dict[str, Any]:
         return dump_options(self._runtime.options, self._given_name, self._given_fallbacks, lost)
-
-    def _all_dropped(self) -> tuple[str, ...]:
-        """Return the names of this LM's settings that a save leaves out, or has left out before."""
-        return tuple(sorted({*self._dropped, *savable(self.kwargs)[1]}))
 
     @classmethod
     def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> Self:
@@ -429,7 +420,7 @@ class ResilientLM(dspy.LM):
         environment when a call is made, and LMConfigurationError then names what is missing.
         """
         state = dict(state)
-        options = dict(state.pop(_STATE_KEY, {}))
+        options = dict(state.pop(STATE_KEY, {}))
         dropped = options.pop("dropped", ())
         cached, retries = state.pop("cache", True), state.pop("num_retries", 3)
         if options:

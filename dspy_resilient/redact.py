@@ -56,11 +56,14 @@ _BEFORE_KEY = frozenset(
 _BEFORE_TOKEN = frozenset(
     [
         "add",
+        "assistant",
+        "audio",
         "bos",
         "cls",
         "end",
         "eos",
         "first",
+        "image",
         "last",
         "mask",
         "max",
@@ -70,13 +73,19 @@ _BEFORE_TOKEN = frozenset(
         "pad",
         "per",
         "prefix",
+        "reasoning",
         "sep",
         "special",
         "start",
         "stop",
         "suffix",
+        "system",
+        "think",
+        "thinking",
+        "tool",
         "turn",
         "unk",
+        "video",
     ]
 )
 _AFTER_TOKEN = frozenset(
@@ -200,7 +209,7 @@ def redact(text: str) -> str:
 
     Example:
         >>> redact("401 from https://me:pw@host/v1?key=abc: Incorrect API key provided: sk-abc123xyz")
-        '401 from https://***@host/v1?key=***: Incorrect API key provided: ***'
+        '401 from https://***@host/v1?key=*** Incorrect API key provided: ***'
     """
     for look, mask in _LOOKS:
         text = look.sub(mask, text)

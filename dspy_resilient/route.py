@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import cachetools
 
-from dspy_resilient.circuit import CircuitState, Kind, Outcome, redacted
+from dspy_resilient import providers
+from dspy_resilient.circuit import CircuitState, Kind, Outcome, classify, redacted
 from dspy_resilient.limits import Limiter, RetryBudget
+from dspy_resilient.redact import redact
 
 if TYPE_CHECKING:
     from dspy_resilient.circuit import CircuitBreaker, Permit, Verdict
@@ -64,13 +66,23 @@ class Admission:
             self._permit.neutral()
 
 
+def label_of(way: tuple[str, str, str]) -> str:
+    """Return model and endpoint for people, without what may be secret in an address."""
+    model, _, endpoint = way
+    return f"{model} at {redact(endpoint)}" if endpoint else model
+
+
 class Route:
     """One way to a provider: a circuit per endpoint, and gate, limits and access per credential."""
 
     def __init__(
-        self, runtime: Runtime, label: str, circuit: CircuitBreaker | None, budget: RetryBudget
+        self,
+        runtime: Runtime,
+        way: tuple[str, str, str],
+        circuit: CircuitBreaker | None,
+        budget: RetryBudget,
     ) -> None:
-        self.label = label
+        self.label = label = label_of(way)
         self.circuit = circuit
         self.budget = budget
         self.access: CircuitBreaker | None = None
@@ -81,22 +93,50 @@ class Route:
             else None
         )
         self._runtime = runtime
+        self._way = way
+        self._is_to_listen = circuit is not None and circuit.policy.listen == "provider"
+
+    def _listen(self) -> None:
+        """Learn from every LiteLLM call of the process to the same provider and endpoint (R31)."""
+        self._is_to_listen = False
+        model, _, endpoint = self._way
+        providers.subscribe(model.partition("/")[0], endpoint or None, self.hear)
+
+    def hear(self, evidence: providers.Evidence, succeeded: bool) -> None:
+        """Let the circuit know how somebody else's call to this provider went."""
+        assert self.circuit is not None  # only a route with a circuit listens
+        permit = self.circuit.try_admit()
+        if permit is None:
+            return
+        with permit:
+            if succeeded:
+                permit.success()
+            elif (error := evidence.error) is not None:
+                verdict = classify(error, seconds=evidence.seconds, handed_off=evidence.handed_off)
+                if verdict.outcome == Outcome.FAILURE:
+                    permit.failure(redacted(error), retry_after=verdict.retry_after)
 
     def is_slow(self, seconds: float) -> bool:
         """Whether an answer that took `seconds` counts as slow."""
         slow_call = self.circuit.policy.slow_call if self.circuit is not None else None
         return slow_call is not None and seconds >= slow_call
 
-    def admit(self) -> Admission | None:
-        """Return leave to send one attempt, or None if a circuit refuses."""
+    def admit(self, lease: float = 0.0) -> Admission | None:
+        """Return leave to send one attempt, or None if a circuit refuses.
+
+        Args:
+            lease: Seconds the attempt may take; see `CircuitBreaker.try_admit`.
+        """
+        if self._is_to_listen:
+            self._listen()
         permit = None
         if self.circuit is not None:
-            permit = self.circuit.try_admit()
+            permit = self.circuit.try_admit(lease)
             if permit is None:
                 return None
         if self.access is None:
             return Admission(self, permit, None)
-        access = self.access.try_admit()
+        access = self.access.try_admit(lease)
         if access is None:
             if permit is not None:
                 permit.neutral()
@@ -185,16 +225,14 @@ class Routes:
             return route
 
     def _make(self, way: tuple[str, str, str]) -> Route:
-        model, _, endpoint = way
-        label = f"{model} at {endpoint}" if endpoint else model
         if way not in self._ways:
             runtime = self._runtime
-            circuit = self._shared or (
-                runtime.new_circuit(label) if runtime.circuit_policy else None
-            )
+            circuit = self._shared
+            if circuit is None and runtime.circuit_policy is not None:
+                circuit = runtime.new_circuit(label_of(way))
             self._ways[way] = circuit, RetryBudget(runtime.retry.budget)
         circuit, budget = self._ways[way]
-        return Route(self._runtime, label, circuit, budget)
+        return Route(self._runtime, way, circuit, budget)
 
     def all(self) -> list[Route]:
         """Return the routes in use."""

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from dspy_resilient.fallbacks import Given
     from dspy_resilient.options import Options
 
+STATE_KEY = "resilient"
+TRAINING = ("launch_kwargs", "train_kwargs")
 _CLASS_KEY = "_dspy_lm_class"
+_CLEAN = {STATE_KEY, "engine", "async_engine"}  # an engine's state holds no secret by its contract
 
 # Whose libraries look for credentials beyond the environment: profiles, roles, metadata servers.
 _LOOKS_FURTHER = ("bedrock", "sagemaker", "vertex_ai")
@@ -46,6 +49,28 @@ def savable(settings: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], 
     return {name: value for name, value in kept.items() if name not in hooks}, secrets, hooks
 
 
+def clean_state(
+    state: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+    """Return an LM's state without what may not be saved, and the names of what is left out.
+
+    Args:
+        state: What DSPy's `dump_state` returned.
+        kwargs: The LM's settings, which are in the state too.
+
+    Returns:
+        The state; the credentials that calls will miss; what only a warning needs to name.
+    """
+    kept, secrets, lost = savable(kwargs)
+    state = {name: value for name, value in state.items() if name in kept or name not in kwargs}
+    for name in TRAINING:
+        if name in state:
+            state[name], own, hooks = savable(state[name])
+            lost = (*lost, *own, *hooks)
+    _, others = strip_secrets({n: value for n, value in state.items() if n not in _CLEAN})
+    return {n: v for n, v in state.items() if n not in others}, secrets + others, lost
+
+
 def dump_options(
     options: Options, given_name: str | None, fallbacks: Given, lost: Iterable[str] = ()
 ) -> dict[str, Any]:
@@ -56,7 +81,7 @@ def dump_options(
         warnings.warn(
             f"ResilientLM {options.name!r}: {' and '.join(lost)} cannot be saved and must be given "
             "again",
-            stacklevel=3,
+            stacklevel=4,
         )
     circuit = options.circuit
     if isinstance(circuit, CircuitBreaker):
@@ -78,7 +103,7 @@ def load_options(state: dict[str, Any], kind: Any, *, allow_custom: bool) -> dic
 
     Args:
         state: What `dump_options` returned.
-        kind: The class of the client, which may be its fallbacks' too.
+        kind: The class of the client, which it and its bases need no leave to load.
         allow_custom: Whether other classes that a fallback names may be imported.
     """
     return {
@@ -95,17 +120,14 @@ def load_options(state: dict[str, Any], kind: Any, *, allow_custom: bool) -> dic
 
 
 def _dump_fallback(lm: Any) -> dict[str, Any]:
-    kept, secrets, _ = savable(lm.kwargs)
-    gone = lm.kwargs.keys() - kept.keys()
-    state = {name: value for name, value in lm.dump_state().items() if name not in gone}
+    state, secrets, _ = clean_state(lm.dump_state(), lm.kwargs)
     return {"lm": state, "dropped": sorted({*getattr(lm, "_dropped", ()), *secrets})}
 
 
 def _load_fallback(state: dict[str, Any], kind: Any, *, allow_custom: bool) -> Any:
-    is_ours = state["lm"].get(_CLASS_KEY) == f"{kind.__module__}.{kind.__qualname__}"
-    lm = (kind if is_ours else dspy.BaseLM).load_state(
-        state["lm"], allow_custom_lm_class=allow_custom
-    )
+    path = state["lm"].get(_CLASS_KEY)
+    known = (each for each in kind.__mro__ if f"{each.__module__}.{each.__qualname__}" == path)
+    lm = next(known, dspy.BaseLM).load_state(state["lm"], allow_custom_lm_class=allow_custom)
     if state["dropped"]:
         lm._dropped = tuple(state["dropped"])  # noqa: SLF001  # for `check_credentials`
     return lm

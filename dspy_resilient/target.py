@@ -37,7 +37,7 @@ CONNECTION = frozenset(
 )
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Target:
     """One `dspy.LM` that calls may go to.
 
@@ -76,6 +76,11 @@ class Target:
         if not self.own_connection:
             return call.kwargs
         return {name: value for name, value in call.kwargs.items() if name not in CONNECTION}
+
+    def timeout(self, call: Call) -> float | None:
+        """Return the timeout of one attempt in seconds, or None if it is not a plain number."""
+        timeout = setting("timeout", self.lm, self.kwargs(call))
+        return timeout if isinstance(timeout, (int, float)) else None
 
     def key(self, call: Call) -> str | None:
         """Return the cache key of this call under this target, or None if it is not cached."""

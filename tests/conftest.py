@@ -40,7 +40,9 @@ def _no_disk_cache(tmp_path_factory):
 def _litellm_is_warm(_no_disk_cache):
     """LiteLLM takes seconds to import and to make its first call; no test's clock should run then."""
     with Provider("ready") as running:
-        dspy.LM("openai/warm", engine="litellm", api_base=running.api_base, api_key="k", cache=False)("?")
+        dspy.LM(
+            "openai/warm", engine="litellm", api_base=running.api_base, api_key="k", cache=False
+        )("?")
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,8 @@ class Answer:
             record = {name: value for name, value in entry.items() if name not in _OF_THE_CALL}
             if record.get("outputs") is outputs:
                 del record["outputs"]
+            elif "outputs" in record:  # a typed call: history has its own shape of them
+                record["outputs"] = _fresh(record["outputs"])
         return cls(_fresh(outputs), record, target, stored_at, _tokens(usage))
 
     @property
@@ -84,8 +86,8 @@ class Answer:
         if self.record is None:
             return None
         return {
-            "outputs": self.fresh_outputs(),
             **self.record,
+            "outputs": _fresh(self.record.get("outputs", self.outputs)),
             "response": _marked(self.record.get("response")),
             "usage": {},
             "cache_hit": True,

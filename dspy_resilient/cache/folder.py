@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,10 @@ def disk_folder(
     if policy.disk is None:
         return None
     if policy.disk != "auto":
-        return str(Path(policy.disk).expanduser())
+        folder = Path(policy.disk)
+        with suppress(RuntimeError):  # a user who has no home
+            folder = folder.expanduser()
+        return str(folder)
     root = _dspys_folder()
     if root is None:
         return None

@@ -59,15 +59,16 @@ class CacheNumbers:
 class _Entries(TLRUCache[str, Answer]):
     """The entries in memory; counts those that had to make room."""
 
-    evicted = 0
+    counts: Counter[str]
 
     def popitem(self) -> tuple[str, Answer]:
         item = super().popitem()
-        self.evicted += 1
+        self.counts["evicted"] += 1
         return item
 
 
 _UNOPENED: Any = object()
+_MOST_WEIGHED = 20_000  # parts of one answer; it may lead to far more than itself
 
 
 class ResponseCache:
@@ -99,8 +100,8 @@ class ResponseCache:
         self._ttl = math.inf if policy.ttl is None else policy.ttl
         self._kept = self._ttl + (policy.stale_if_error or 0.0)
         self._disk: DiskCache | None = None if folder is None else _UNOPENED
-        self._entries = self._no_entries()
         self._counts: Counter[str] = Counter()
+        self._entries = self._no_entries()
         self._evictions = 0
         self._lock = threading.Lock()
         renew_after_fork(self)
@@ -191,19 +192,18 @@ class ResponseCache:
         """Release the memory; what is on disk stays. The cache can still be used."""
         with self._lock:
             self._evictions += 1
-            self._entries.clear()
+            self._entries = self._no_entries()
 
     def numbers(self) -> CacheNumbers:
         """Return the numbers so far."""
         entries = len(self)
         disk = None if self._disk is _UNOPENED else self._disk
         with self._lock:
-            counts, evicted = Counter(self._counts), self._entries.evicted
+            counts = Counter(self._counts)
         skipped = {"too_large": counts["too_large"], "disk": disk.skipped if disk else 0}
-        names = ("hits", "misses", "stale", "stored", "disk_hits")
+        names = ("hits", "misses", "stale", "stored", "evicted", "disk_hits")
         return CacheNumbers(
             entries=entries,
-            evicted=evicted,
             skipped={reason: count for reason, count in skipped.items() if count},
             disk_errors=disk.errors if disk else 0,
             **{name: counts[name] for name in names},
@@ -217,12 +217,14 @@ class ResponseCache:
 
     def _no_entries(self) -> _Entries:
         room = self._policy.max_bytes
-        return _Entries(
+        entries = _Entries(
             self._policy.max_entries if room is None else room,
             ttu=lambda _, answer, __: answer.stored_at + self._kept,
             timer=self._clock,
             getsizeof=None if room is None else operator.attrgetter("size"),
         )
+        entries.counts = self._counts
+        return entries
 
     def _is_fresh(self, answer: Answer) -> bool:
         return self._clock() - answer.stored_at < self._ttl
@@ -278,7 +280,7 @@ def _weight(answer: Answer) -> int:
     seen: set[int] = set()
     todo: list[Any] = [answer.outputs, answer.record, answer.key]
     total = sys.getsizeof(answer)
-    while todo:
+    while todo and len(seen) < _MOST_WEIGHED:
         value = todo.pop()
         if id(value) in seen or isinstance(value, type):
             continue

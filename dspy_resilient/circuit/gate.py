@@ -254,7 +254,6 @@ class ThrottleGate(Turnstile):
         under_way = self._places.taken(now)
         if self._allowed >= max(_FULL, under_way + self._signals.waiting):
             self._open = True
-            self._places.clear()
             self._signals.call()
         elif now >= self._closed_until:
             self._signals.call(self._allowed - under_way)

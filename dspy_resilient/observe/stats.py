@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class Tally:
@@ -17,12 +18,12 @@ class Tally:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
 
-    def add(self, name: str, amount: int = 1) -> None:
+    def add(self, name: str, amount: float = 1) -> None:
         """Add to one counter."""
         with self._lock:
-            self._counts[name] += amount
+            self._counts[name] += amount  # type: ignore[assignment]  # a sum of prices is no int
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, Any]:
         """Return a copy of all counters."""
         with self._lock:
             return dict(self._counts)

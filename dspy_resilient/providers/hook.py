@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from dspy_resilient.providers import loops
+
 # Where LiteLLM looks: the list that users set, and those it derives from it. It stops deriving at
 # a hundred callbacks, so the derived ones need an entry of their own.
 _LISTS = (
@@ -49,6 +51,7 @@ class Hook:
 
         litellm.completion  # noqa: B018  # LiteLLM imports its parts when they are first named
         litellm.disable_hf_tokenizer_download = True  # counting tokens may stall for 46 s (R36)
+        loops.prepare(litellm)
         with self._changing:
             if self._logger is None:
                 self._litellm = litellm

@@ -1,4 +1,4 @@
-"""Closes what LiteLLM leaves open behind a finished event loop.
+"""Ends, together with an event loop, what LiteLLM has begun on it.
 
 LiteLLM makes its async clients per loop and keeps them in a cache, but never learns that a loop
 has ended: a hundred `asyncio.run` leave a hundred open connections. Here every loop on which we
@@ -20,6 +20,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from dspy_resilient.providers import closing
+from dspy_resilient.providers.perloop import Reports, unshare
 
 if TYPE_CHECKING:
     import httpx
@@ -28,6 +29,25 @@ Loop = asyncio.AbstractEventLoop
 
 _TURNS = 20
 _TURN = 0.005
+
+
+class _Tended:
+    """What belongs to one loop: its reports, and the generator whose end is the loop's."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.reports = Reports()
+        self.end = self._end(weakref.ref(loop))
+
+    async def _end(self, own: weakref.ref[Loop]) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            # Nothing if it goes together with its loop, or when that has been closed already.
+            loop = own()
+            if loop is not None and asyncio._get_running_loop() is loop:  # noqa: SLF001  # see docs
+                with contextlib.suppress(Exception):
+                    await self.reports.finish()
+                    await _close_clients(loop)
 
 
 class _Loops:
@@ -39,21 +59,24 @@ class _Loops:
 
     def _begin(self) -> None:
         self._changing = threading.Lock()
-        self._ends: weakref.WeakKeyDictionary[Loop, AsyncGenerator[None] | None]
-        self._ends = weakref.WeakKeyDictionary()
+        self._tended: weakref.WeakKeyDictionary[Loop, _Tended] = weakref.WeakKeyDictionary()
+
+    def reports(self) -> Reports | None:
+        loop = asyncio._get_running_loop()  # noqa: SLF001  # documented
+        tended = None if loop is None else self._tended.get(loop)
+        return None if tended is None else tended.reports
 
     async def tend(self) -> None:
         loop = asyncio.get_running_loop()
-        if loop in self._ends:
+        if loop in self._tended:
             return
         with contextlib.suppress(Exception):
             self.sweep()
-            end = None
-            if not getattr(loop, "_asyncgens_shutdown_called", False):  # too late for this loop
-                end = _close_at_the_end(weakref.ref(loop))
-                await _start(end)
+            tended = _Tended(loop)
             with self._changing:
-                self._ends[loop] = end
+                self._tended[loop] = tended
+            if not getattr(loop, "_asyncgens_shutdown_called", False):  # else asyncio would warn
+                await _start(tended.end)
             # LiteLLM's own exit handler forgets the sockets: ours has to be registered after it.
             atexit.unregister(self.sweep)
             atexit.register(self.sweep, exiting=True)
@@ -61,13 +84,13 @@ class _Loops:
     def sweep(self, *, exiting: bool = False) -> None:
         """Close by force what loops that were closed in another way have left."""
         with self._changing:
-            loops = [loop for loop in self._ends if _is_over(loop, exiting)]
-            ends = [self._ends.pop(loop) for loop in loops]
-        for loop in loops:
+            loops = [loop for loop in self._tended if _is_over(loop, exiting)]
+            left = [(loop, self._tended.pop(loop)) for loop in loops]
+        for loop, tended in left:
+            tended.reports.drop()
             for http in _take_clients(loop, busy=True):
                 with contextlib.suppress(Exception):
                     closing.abandon(http)
-        del ends  # what is left of the generators runs here, not under the lock
 
     def renew(self) -> None:
         """Begin anew in a forked child, with no client of the parent's.
@@ -79,23 +102,12 @@ class _Loops:
         if cache is not None:
             self._inherited.append(dict(cache.cache_dict))
             cache.flush_cache()
-        self._inherited.append(self._ends)
+        self._inherited.append(self._tended)
         self._begin()
 
 
 def _is_over(loop: Loop, exiting: bool) -> bool:
     return loop.is_closed() or (exiting and not loop.is_running())
-
-
-async def _close_at_the_end(own: weakref.ref[Loop]) -> AsyncGenerator[None]:
-    try:
-        yield
-    finally:
-        # Not so if this generator goes with its loop, or when that has been closed already.
-        loop = own()
-        if loop is not None and asyncio._get_running_loop() is loop:  # noqa: SLF001  # documented
-            with contextlib.suppress(Exception):
-                await _close_clients(loop)
 
 
 async def _start(generator: AsyncGenerator[None]) -> None:
@@ -184,3 +196,9 @@ async def tend() -> None:
     running request, nor any that a caller has lent to LiteLLM. Never raises.
     """
     await _loops.tend()
+
+
+def prepare(litellm: Any) -> None:
+    """Have LiteLLM keep apart what belongs to different loops, wherever we `tend` to them."""
+    with contextlib.suppress(ImportError, AttributeError):  # another LiteLLM may not need it
+        unshare(litellm, _loops.reports)

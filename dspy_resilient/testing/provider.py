@@ -51,10 +51,12 @@ class Provider:
         keep: How many requests are remembered; the oldest go first.
 
     Example:
+        >>> from urllib.request import urlopen
+        >>> import dspy
         >>> with Provider("Paris") as provider:
-        ...     lm = dspy.LM("openai/test", api_base=provider.api_base, api_key="none")
-        ...     lm("Capital of France?")
-        ['Paris']
+        ...     with urlopen(provider.api_base + "/chat/completions", data=b"{}") as answer:
+        ...         answer.status, provider.count
+        (200, 1)
     """
 
     def __init__(

@@ -11,11 +11,11 @@ import contextlib
 import os
 import socket
 import threading
-import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
+from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.testing.wire import Connection, Incoming
 
 _BACKLOG = 1024
@@ -63,7 +63,7 @@ class Server:
         self._thread = threading.Thread(
             target=self._run, args=(ready, listen), name="dspy-resilient-provider", daemon=True
         )
-        _running.add(self)
+        renew_after_fork(self)
         self._thread.start()
         ready.result()
 
@@ -78,7 +78,6 @@ class Server:
         if threading.current_thread() is self._thread:
             raise RuntimeError("an answer cannot stop its own provider; it can take it down()")
         thread, self._thread = self._thread, None
-        _running.discard(self)
         if thread is None or self._pid != os.getpid():
             return
         self._loop.call_soon_threadsafe(self._stopping.set)
@@ -179,7 +178,7 @@ class Server:
             self._accepting.add(task)
             task.add_done_callback(self._accepting.discard)
 
-    def _let_go(self) -> None:
+    def renew(self) -> None:
         """Close, in a forked child, the copies of our sockets, so that the parent's own closing counts.
 
         Each descriptor is replaced, not closed: its owner may still close it by number.
@@ -191,16 +190,3 @@ class Server:
             if number is not None and number >= 0:
                 os.dup2(null, number, inheritable=False)
         os.close(null)
-
-
-_running: weakref.WeakSet[Server] = weakref.WeakSet()
-"""Only for forked children; nothing is looked up here otherwise."""
-
-
-def _let_go_in_child() -> None:
-    for server in list(_running):
-        server._let_go()  # noqa: SLF001  # same module
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)

@@ -47,7 +47,9 @@ class Figures:
 
     def beats(self, other: Figures) -> bool:
         return (
-            self.spared >= other.spared and self.refused <= other.refused and self.late <= other.late
+            self.spared >= other.spared
+            and self.refused <= other.refused
+            and self.late <= other.late
         )
 
     def __str__(self) -> str:
@@ -60,7 +62,9 @@ class Figures:
 class Ours:
     def __init__(self, policy: CircuitPolicy) -> None:
         self.now = 0.0
-        self.breaker = CircuitBreaker(policy, clock=lambda: self.now, random=random.Random(1).random)
+        self.breaker = CircuitBreaker(
+            policy, clock=lambda: self.now, random=random.Random(1).random
+        )
 
     def call(self, fails: bool) -> bool:
         permit = self.breaker.try_admit()
@@ -121,7 +125,9 @@ def replay(make, past: list[History]) -> Figures:
             if noticed is None and now >= history.ends and taken and not fails:
                 noticed = now - history.ends
         delays.append(HEALTH if noticed is None else noticed)
-    return Figures(bad_refused / max(bad, 1), good_refused / max(good, 1), fmean(delays), max(delays))
+    return Figures(
+        bad_refused / max(bad, 1), good_refused / max(good, 1), fmean(delays), max(delays)
+    )
 
 
 def main() -> None:
@@ -134,7 +140,9 @@ def main() -> None:
         print(f"{f'circuitbreaker, recovery {recovery:g} s':44}{to_beat}")
     default = CircuitPolicy()
     print(f"{'CircuitPolicy()':44}{replay(lambda: Ours(default), past)}\n")
-    for first, longest, backoff in product((5.0, 15.0, 30.0), (60.0, 120.0, 200.0, 300.0), (1.5, 2.0, 3.0)):
+    for first, longest, backoff in product(
+        (5.0, 15.0, 30.0), (60.0, 120.0, 200.0, 300.0), (1.5, 2.0, 3.0)
+    ):
         policy = dataclasses.replace(
             default, recovery_time=first, max_recovery_time=longest, backoff=backoff
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 from dataclasses import dataclass, field
@@ -26,6 +25,13 @@ from dspy_resilient.testing import Clock
 
 BUCKETS = 12
 CLOSED = ("closed", "forced_closed")
+OUTCOMES = st.sampled_from(["success", "failure", "failure", "neutral"])
+LONGEST_LEASE = 100.0
+GAPS = st.sampled_from([0.0, 0.25, 2.0])
+DRAWS = st.sampled_from([0.0, 0.25, 0.5, 0.999])
+SWITCHES = st.sampled_from(
+    ["trip", "force_open", "force_half_open", "force_closed", "auto", "auto", "reset"]
+)
 POLICIES = st.builds(
     CircuitPolicy,
     failure_threshold=st.integers(1, 4),
@@ -177,8 +183,7 @@ class CircuitMachine(RuleBasedStateMachine):
         if len(called) < len(self.line) and self.breaker.wait_time() == 0:
             assert called
 
-    @rule(target=permits, lease=st.sampled_from([0.0, 10.0, 100.0]))
-    def admit(self, lease):
+    def ask(self, lease=0.0):
         now = self.clock()
         expected = self.model.lets_in(now)
         permit = self.breaker.try_admit(lease)
@@ -194,13 +199,7 @@ class CircuitMachine(RuleBasedStateMachine):
         self.model.calls.append(call)
         return call
 
-    @rule(
-        call=permits,
-        outcome=st.sampled_from(["success", "failure", "neutral"]),
-        hint=st.sampled_from([None, None, 3.0, 1000.0]),
-        reason=st.sampled_from(["failures", "failures", "auth", "billing"]),
-    )
-    def report(self, call, outcome, hint, reason):
+    def tell(self, call, outcome, hint=None, reason="failures"):
         if call.real is None:
             return
         if outcome == "failure":
@@ -210,10 +209,31 @@ class CircuitMachine(RuleBasedStateMachine):
         self.model.report(call, outcome, self.clock(), self.draw, hint, reason == "billing")
         self.check_line()
 
+    @rule(outcomes=st.lists(OUTCOMES, min_size=1, max_size=6), seconds=GAPS)
+    def make_calls(self, outcomes, seconds):
+        for outcome in outcomes:
+            call = self.ask()
+            self.clock.advance(seconds)
+            self.tell(call, outcome)
+            self.agrees_with_the_model()
+
+    @rule(target=permits, lease=st.sampled_from([0.0, 10.0, 100.0]))
+    def admit(self, lease):
+        return self.ask(lease)
+
+    @rule(
+        call=permits,
+        outcomes=st.lists(OUTCOMES, min_size=1, max_size=2),
+        hint=st.sampled_from([None, None, 3.0, 1000.0]),
+        reason=st.sampled_from(["failures", "failures", "auth", "billing"]),
+    )
+    def report(self, call, outcomes, hint, reason):
+        for outcome in outcomes:
+            self.tell(call, outcome, hint, reason)
+
     @rule(call=consumes(permits))
     def lose(self, call):
         call.real = None
-        gc.collect(0)
 
     @rule(target=waiters)
     def enlist(self):
@@ -230,41 +250,40 @@ class CircuitMachine(RuleBasedStateMachine):
         self.line.remove(waiter)
         self.check_line()
 
-    @rule(seconds=st.sampled_from([0.25, 1.0, 3.0, 10.0, 100.0]))
-    def advance(self, seconds):
+    @rule(seconds=st.sampled_from([0.25, 1.0, 3.0, 10.0, 100.0]), draw=DRAWS)
+    def advance(self, seconds, draw):
         self.clock.advance(seconds)
+        self.draw = draw
 
-    @rule()
-    def advance_to_the_next_change(self):
+    @rule(draw=DRAWS)
+    def advance_to_the_next_change(self, draw):
         wait = self.breaker.recheck_time()
         if math.isfinite(wait):
             self.clock.advance(wait)
-
-    @rule(draw=st.sampled_from([0.0, 0.25, 0.5, 0.999]))
-    def roll(self, draw):
         self.draw = draw
 
-    @rule(hint=st.sampled_from([None, 2.0, 1000.0]))
-    def trip(self, hint):
+    @rule(switch=SWITCHES, seconds=st.sampled_from([None, 2.0, 1000.0]))
+    def switch(self, switch, seconds):
         now, model = self.clock(), self.model
-        self.breaker.trip(retry_after=hint)
-        if model.state == "open" and not model.is_over(now):
-            model.until = max(model.until, now + min(hint or 0, model.policy.max_recovery_time))
-        elif model.seen(now) in ("closed", "half_open"):
-            model.open(now, self.draw, hint)
+        seen = model.seen(now)
+        if switch == "trip":
+            self.breaker.trip(retry_after=seconds)
+            if seen == "open":
+                least = min(seconds or 0, model.policy.max_recovery_time)
+                model.until = max(model.until, now + least)
+            elif seen in ("closed", "half_open"):
+                model.open(now, self.draw, seconds)
+        elif switch == "force_open":
+            self.breaker.force_open(seconds=seconds)
+            model.become("forced_open", now)
+            model.until = now + (seconds or math.inf)
+        else:
+            getattr(self.breaker, switch)()
+            self.follow(switch, now)
         self.check_line()
 
-    @rule(seconds=st.sampled_from([None, 2.0]))
-    def force_open(self, seconds):
-        self.breaker.force_open(seconds=seconds)
-        self.model.become("forced_open", self.clock())
-        self.model.until = self.clock() + (seconds or math.inf)
-        self.check_line()
-
-    @rule(switch=st.sampled_from(["force_half_open", "force_closed", "auto", "reset"]))
-    def switch(self, switch):
-        getattr(self.breaker, switch)()
-        now, model = self.clock(), self.model
+    def follow(self, switch, now):
+        model = self.model
         if switch == "force_half_open" or (switch == "auto" and model.state == "forced_open"):
             model.become("half_open", now)
         elif switch == "force_closed":
@@ -273,7 +292,6 @@ class CircuitMachine(RuleBasedStateMachine):
             model.become("closed", now)
         if switch == "reset":
             model.openings = 0
-        self.check_line()
 
     @invariant()
     def agrees_with_the_model(self):
@@ -317,7 +335,7 @@ class CircuitMachine(RuleBasedStateMachine):
         for _ in range(20):
             if self.breaker.closed:
                 return
-            self.clock.advance(max(self.breaker.recheck_time(), self.breaker.open_remaining))
+            self.clock.advance(max(self.breaker.open_remaining, LONGEST_LEASE))
             permit = self.breaker.try_admit()
             permit.success()
         pytest.fail(f"stuck: {self.breaker!r}")

@@ -132,8 +132,11 @@ def test_outputs_handed_out_are_fresh():
 def test_typed_response_is_handed_out_as_it_is():
     """A typed response is frozen: a copy would be of no use (R40)."""
     response = typed()
-    kept = Answer.of(response, entry(response, ["Paris"]))
+    outputs = ["Paris"]
+    kept = Answer.of(response, entry(response, outputs))
     assert kept.fresh_outputs() is response
+    for mine in (outputs, kept.replayed_record()["outputs"]):
+        mine.append("more")
     assert kept.replayed_record()["outputs"] == ["Paris"]
 
 

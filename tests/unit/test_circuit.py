@@ -383,6 +383,19 @@ def test_successful_probes_close_it(make, clock):
     assert breaker.failure_count == 0
 
 
+def test_closed_again_starts_with_an_empty_window(make, clock):
+    """The failures of the outage are not counted again after it (R22, R24)."""
+    breaker = make(window=1000.0)
+    for _ in range(5):
+        fail(breaker)
+        succeed(breaker)
+    assert breaker.opened
+    recover(breaker, clock)
+    for _ in range(4):
+        fail(breaker)
+    assert breaker.closed
+
+
 def test_failed_probe_reopens_for_longer(make, clock):
     """One failure in half-open is enough, whatever succeeded before (R24)."""
     breaker = make()

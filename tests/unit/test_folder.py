@@ -56,6 +56,7 @@ def test_folder_of_the_user_is_taken_as_given(tmp_path):
     """`disk=` names the folder itself, and None ends the disk (R46)."""
     assert disk_folder(CachePolicy(disk=str(tmp_path)), name="n", **CLIENT) == str(tmp_path)
     assert disk_folder(CachePolicy(disk="~/x"), name="n", **CLIENT) == str(Path.home() / "x")
+    assert disk_folder(CachePolicy(disk="~nobody.at.all/x"), name="n", **CLIENT) is not None
     assert disk_folder(CachePolicy(disk=None), name="n", **CLIENT) is None
 
 

@@ -163,6 +163,29 @@ def test_old_429_makes_a_reopening_gate_careful(make, clock):
     assert len(under_way(gate)) == 1
 
 
+def test_new_429_shortens_no_old_hint(make, clock):
+    """Neither a straggler's pause nor a newer, shorter one ends the longest (R28)."""
+    gate = make()
+    straggler = gate.admit()
+    close(gate)
+    reopening = pass_through(gate, clock)
+    straggler.throttled(30)
+    assert reopening.throttled(2) == 30
+
+
+def test_answer_opens_no_closed_gate(make, clock):
+    """What was answered before a straggler's 429 calls nobody to a closed gate (R28)."""
+    gate = make()
+    straggler = gate.admit()
+    close(gate)
+    reopening = pass_through(gate, clock)
+    straggler.throttled(30)
+    waiter = gate.enlist()
+    reopening.answered()
+    assert not waiter.done()
+    assert gate.wait_time() == 30
+
+
 def test_zero_max_retry_after_waits_for_no_hint(make):
     """0 is an answer: no pause is waited for, however short (R28)."""
     gate = make(max_retry_after=0)

@@ -81,6 +81,13 @@ def test_answer_larger_than_the_cache_is_left_out():
     assert cache.numbers().skipped == {"too_large": 1}
 
 
+def test_weighing_ends():
+    """An answer that leads to a large part of the program is weighed in part only (R40)."""
+    cache = cache_for(max_bytes=10**9)
+    cache.put(key(1), Answer.of(["x"], {"response": [[number] for number in range(50_000)]}))
+    assert len(cache) == 1
+
+
 def test_answer_expires():
     """After `ttl` seconds an answer is gone (R45)."""
     clock = Clock()
@@ -138,7 +145,7 @@ def test_cleared_cache_is_empty_and_goes_on():
     cache = cache_for()
     cache.put(key(1), answer())
     cache.clear()
-    assert (len(cache), cache.get(key(1))) == (0, None)
+    assert (len(cache), cache.get(key(1)), cache.numbers().evicted) == (0, None, 0)
     cache.put(key(1), answer())
     assert len(cache) == 1
 

@@ -16,7 +16,7 @@ Ocp-Apim-Subscription-Key X-Auth-Token private_key signature
 HARMLESS = """
 max_tokens max_completion_tokens max_output_tokens min_tokens prompt_tokens total_tokens logit_bias
 stop_token_ids eos_token eos_token_id bos_token input_cost_per_token output_cost_per_token
-skip_special_tokens token_budget token_count tokenizer prompt_cache_key model temperature
+skip_special_tokens end_thinking_token token_budget token_count tokenizer prompt_cache_key model temperature
 api_base api_version organization project keyword monkey top_k n rollout_id
 """
 

@@ -203,7 +203,9 @@ def test_every_way_to_ask(compare, call, method):
         Reset(),
         Garbage(),
     ],
-    ids=lambda fault: f"{type(fault).__name__}{getattr(fault, 'code', '')}{getattr(fault, 'kind', '')}",
+    ids=lambda fault: (
+        f"{type(fault).__name__}{getattr(fault, 'code', '')}{getattr(fault, 'kind', '')}"
+    ),
 )
 @pytest.mark.parametrize("model", ["openai/gpt-4o-mini", "anthropic/claude-haiku-4-5"])
 def test_errors(compare, call, fault, model):

@@ -103,14 +103,18 @@ def test_global_and_module_history(compare, call):
         call(program, question="q")
         entries = lm.history
         same = [GLOBAL_HISTORY[-2:], program.history, program.inner.history]
-        return [[entry is other for entry, other in zip(entries, each, strict=True)] for each in same]
+        return [
+            [entry is other for entry, other in zip(entries, each, strict=True)] for each in same
+        ]
 
     theirs, _ = compare(recorded, answer=dspy_answers())
     assert theirs.result == [[True, True]] * 3
 
 
 @pytest.mark.parametrize(
-    "settings", [{"disable_history": True}, {"max_history_size": 0}, {"max_history_size": 1}], ids=str
+    "settings",
+    [{"disable_history": True}, {"max_history_size": 0}, {"max_history_size": 1}],
+    ids=str,
 )
 def test_history_can_be_limited(compare, call, settings):
     """`disable_history` and `max_history_size` mean the same, for answers and for hits (R5)."""
@@ -136,7 +140,11 @@ def test_who_sees_the_callbacks(compare, call):
     theirs, _ = compare(asked)
     kinds = [each[0] for each in theirs.callbacks]
     assert kinds == ["start", "end"] * 3
-    assert theirs.callbacks[0][1] == {"prompt": "q", "messages": None, "kwargs": {"temperature": 0.1}}
+    assert theirs.callbacks[0][1] == {
+        "prompt": "q",
+        "messages": None,
+        "kwargs": {"temperature": 0.1},
+    }
 
 
 def test_the_cache_can_be_bypassed(compare, call):

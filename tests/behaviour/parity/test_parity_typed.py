@@ -28,9 +28,7 @@ class Engine:
         self.asked.append(request)
         message = Message.assistant("[[ ## answer ## ]]\nParis\n\n[[ ## completed ## ]]")
         usage = Usage(input_tokens=3, output_tokens=1, total_tokens=4)
-        return Response(
-            id="1", model="mine", message=message, finish_reason="stop", usage=usage
-        )
+        return Response(id="1", model="mine", message=message, finish_reason="stop", usage=usage)
 
 
 class AsyncEngine(Engine):
@@ -110,14 +108,20 @@ def test_errors_of_every_engine(compare, call, engine, typed, code):
     prompt = request() if typed else "q"
     fault = Status(code, retry_after=3600) if code == 429 else Status(code)
     theirs, mine = compare(
-        lambda lm: call(lm, prompt), faults=[fault] * 2, engine=engine, num_retries=0, may_raise=True
+        lambda lm: call(lm, prompt),
+        faults=[fault] * 2,
+        engine=engine,
+        num_retries=0,
+        may_raise=True,
     )
     assert isinstance(theirs.error, dspy.LMError)
     assert len(mine.error.attempts) == 1
 
 
 @pytest.mark.parametrize("engine", ["auto", "lm15"])
-@pytest.mark.parametrize("settings", [{}, {"n": 2, "temperature": 1.0}, {"logprobs": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"n": 2, "temperature": 1.0}, {"logprobs": True}], ids=str
+)
 def test_an_ordinary_call_on_another_engine(compare, call, engine, settings):
     """The native engine serves ordinary calls, hits and programs too (R1)."""
 

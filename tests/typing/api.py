@@ -1,0 +1,158 @@
+"""Typical use, for a type checker: nothing here runs, and every type is the one a user gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import assert_type
+
+from dspy_resilient import (
+    AllTargetsFailedError,
+    CachePolicy,
+    CallRejectedError,
+    CircuitBreaker,
+    CircuitOpenError,
+    CircuitPolicy,
+    CircuitState,
+    DeadlineExceededError,
+    LimitPolicy,
+    ResilienceError,
+    ResilientLM,
+    RetryPolicy,
+)
+from dspy_resilient.events import CircuitOpened, Event, Listener
+from dspy_resilient.observe.stats import Stats
+
+
+def build(on_event: Callable[[Event], object]) -> ResilientLM:
+    """Every argument in its short and in its long form."""
+    short = ResilientLM(
+        "openai/gpt-4o-mini",
+        temperature=0.7,
+        max_tokens=1000,
+        num_retries=3,
+        cache=True,
+        circuit=False,
+        limits=8,
+        fallbacks=["anthropic/claude-haiku-4-5"],
+        api_key="...",
+        timeout=30,
+    )
+    return ResilientLM(
+        "openai/gpt-4o-mini",
+        "chat",
+        0.7,
+        name="fast",
+        cache=CachePolicy(max_entries=100, ttl=3600, disk=None),
+        circuit=CircuitPolicy(failure_threshold=3, mode="observe"),
+        retry=RetryPolicy(max_attempts=2, base=0.5),
+        limits=LimitPolicy(max_concurrent=16, rpm=600, tpm=90_000),
+        fallbacks=[short, "openai/gpt-4o", {"model": "groq/llama"}],
+        max_wait=0,
+        deadline=60,
+        on_event=on_event,
+    )
+
+
+def wrong() -> None:
+    """What the runtime refuses the type checker refuses too."""
+    ResilientLM("m", max_wait="15")  # type: ignore[arg-type]  # a number
+    ResilientLM("m", cache=5)  # type: ignore[arg-type]  # a bool or a policy
+    ResilientLM("m", circuit=RetryPolicy())  # type: ignore[arg-type]  # another policy
+    ResilientLM("m", limits="8")  # type: ignore[arg-type]  # an int or a policy
+    ResilientLM("m", fallbacks=5)  # type: ignore[arg-type]  # a list
+    CircuitPolicy(mode="off")  # type: ignore[arg-type]  # one of two
+    CircuitPolicy(5)  # type: ignore[call-arg]  # by name only
+    RetryPolicy().base = 1.0  # type: ignore[misc]  # frozen
+
+
+def look(lm: ResilientLM) -> str:
+    """What a client tells of itself."""
+    assert_type(lm.name, str)
+    assert_type(lm.max_wait, float)
+    assert_type(lm.deadline, float | None)
+    assert_type(lm.cache_policy, CachePolicy)
+    assert_type(lm.circuits, dict[str, CircuitBreaker])
+    assert_type(lm.circuit, CircuitBreaker | None)
+    if lm.circuit is not None:
+        assert_type(lm.circuit.state, CircuitState)
+        assert_type(lm.circuit.last_error, str | None)
+        assert_type(lm.circuit.open_remaining, float)
+        lm.circuit.trip("maintenance")
+        lm.circuit.force_open(seconds=60)
+        lm.circuit.reset()
+    stats = lm.stats()
+    assert_type(stats, Stats)
+    assert_type(stats.hits, int)
+    assert_type(stats.skipped, dict[str, int])
+    assert_type(lm.explain(), str)
+    return lm.explain()
+
+
+def use(lm: ResilientLM) -> None:
+    """Calls, copies, and the end."""
+    lm("Capital of France?", temperature=1.0, cache=False, rollout_id=1)
+    assert_type(lm.copy(temperature=1.0, max_wait=0), ResilientLM)
+    lm.clear_cache()
+    lm.reset()
+    with lm as same:
+        assert_type(same, ResilientLM)
+    lm.close()
+
+
+async def use_async(lm: ResilientLM) -> None:
+    """The same on an event loop."""
+    await lm.acall("Capital of France?")
+    async with lm as same:
+        assert_type(same, ResilientLM)
+    await lm.aclose()
+
+
+def survive(lm: ResilientLM) -> float | None:
+    """Errors carry what helps, with types."""
+    try:
+        lm("Capital of France?")
+    except CircuitOpenError as error:
+        assert_type(error.reason, str | None)
+        assert_type(error.last_error, str | None)
+    except CallRejectedError as error:
+        assert_type(error.client, str | None)
+        wait: float | None = error.retry_after
+        return wait
+    except DeadlineExceededError as error:
+        assert_type(error.client, str | None)
+    except AllTargetsFailedError as error:
+        assert_type(error.errors, tuple[BaseException, ...])
+    except ResilienceError as error:
+        return None if error.client else 0.0
+    return None
+
+
+def listen(event: Event) -> None:
+    """A listener tells the kinds of events apart by their class."""
+    assert_type(event.client, str)
+    assert_type(event.target, str | None)
+    if isinstance(event, CircuitOpened):
+        assert_type(event.seconds, float)
+        assert_type(event.reason, str)
+
+
+LISTENER: Listener = listen
+PATIENT = replace(CircuitPolicy(), recovery_time=60.0)
+assert_type(PATIENT, CircuitPolicy)
+
+
+def shared() -> tuple[ResilientLM, ResilientLM]:
+    """One circuit for two clients, on purpose."""
+    circuit = CircuitBreaker(CircuitPolicy(), name="openai")
+    return ResilientLM("openai/a", circuit=circuit), ResilientLM("openai/b", circuit=circuit)
+
+
+class Mine(ResilientLM):
+    """A subclass keeps its own type in copies."""
+
+
+def keep(lm: Mine) -> Mine:
+    """As the builder pattern wants it."""
+    assert_type(lm.copy(), Mine)
+    return lm.copy()
