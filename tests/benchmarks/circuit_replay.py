@@ -31,6 +31,10 @@ FAILING = (0.3, 0.7, 1.0)
 MINUTES = (2, 10, 60, 180)
 GAPS = (1.0, 5.0, 20.0, 60.0)
 
+FIRST = (5.0, 15.0)
+LONGEST = (60.0, 150.0, 300.0)
+BACKOFF = (1.5, 2.0, 3.0)
+
 
 @dataclasses.dataclass
 class History:
@@ -134,21 +138,23 @@ def main() -> None:
     past = histories()
     print(f"{len(past)} histories, {sum(len(h.calls) for h in past):,} calls\n")
     print(f"{'':44}{'spared':>9} {'refused':>9} {'late':>9} {'worst':>9}")
-    to_beat = None
-    for recovery in (60.0, 300.0):
-        to_beat = replay(lambda: Stock(recovery), past)  # noqa: B023  # called at once
-        print(f"{f'circuitbreaker, recovery {recovery:g} s':44}{to_beat}")
-    default = CircuitPolicy()
-    print(f"{'CircuitPolicy()':44}{replay(lambda: Ours(default), past)}\n")
-    for first, longest, backoff in product(
-        (5.0, 15.0, 30.0), (60.0, 120.0, 200.0, 300.0), (1.5, 2.0, 3.0)
-    ):
-        policy = dataclasses.replace(
-            default, recovery_time=first, max_recovery_time=longest, backoff=backoff
-        )
-        figures = replay(lambda: Ours(policy), past)  # noqa: B023  # called at once
-        label = f"recovery {first:g} s, max {longest:g} s, backoff {backoff:g}"
-        print(f"{label:44}{figures}{'  beats 300 s' if figures.beats(to_beat) else ''}")
+    stock = {recovery: replay(lambda: Stock(recovery), past) for recovery in (60.0, 300.0)}  # noqa: B023
+    for recovery, figures in stock.items():
+        print(f"{f'circuitbreaker, recovery {recovery:g} s':44}{figures}")
+    for threshold, successes in ((5, 2), (4, 3)):
+        print(f"\nfailure_threshold={threshold}, successes_to_close={successes}")
+        for first, longest, backoff in product(FIRST, LONGEST, BACKOFF):
+            policy = CircuitPolicy(
+                failure_threshold=threshold,
+                successes_to_close=successes,
+                recovery_time=first,
+                max_recovery_time=longest,
+                backoff=backoff,
+            )
+            figures = replay(lambda: Ours(policy), past)  # noqa: B023
+            label = f"recovery {first:g} s, max {longest:g} s, backoff {backoff:g}"
+            label = f"{label} (default)" if policy == CircuitPolicy() else label
+            print(f"{label:44}{figures}{'  beats 300 s' if figures.beats(stock[300.0]) else ''}")
 
 
 if __name__ == "__main__":

@@ -225,6 +225,7 @@ def test_error_of_one_lead_spares_who_can_still_be_served():
     clock.advance(60)
     second = flights.join("k")
     second.fail(ValueError("x"))
+    second.abandon()  # it has ended already
     assert not waiter.future.done()
     lead.fail(ValueError("y"))
     assert str(news(waiter).error) == "y"
