@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dspy_resilient.fork import renew_after_fork
+
 logger = logging.getLogger("dspy_resilient")
 
 
@@ -134,7 +136,8 @@ class Hub:
     def __init__(self, listener: Listener | None = None) -> None:
         self.listener = listener
         self._queue: deque[Event] = deque()
-        self._delivering = threading.Lock()
+        self.renew()
+        renew_after_fork(self)
         self._warned = False
 
     def wants(self, kind: type[Event]) -> bool:

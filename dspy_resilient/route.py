@@ -17,6 +17,7 @@ import cachetools
 
 from dspy_resilient import providers
 from dspy_resilient.circuit import CircuitState, Kind, Outcome, classify, redacted
+from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.limits import Limiter, RetryBudget
 from dspy_resilient.redact import redact
 
@@ -209,10 +210,15 @@ class Routes:
     def __init__(self, runtime: Runtime, shared: CircuitBreaker | None = None) -> None:
         self._runtime = runtime
         self._shared = shared
-        self._lock = threading.Lock()
+        self.renew()
+        renew_after_fork(self)
         self._routes: cachetools.LRUCache[tuple[Any, ...], Route] = cachetools.LRUCache(self._MOST)
         self._ways: cachetools.LRUCache[tuple[Any, ...], tuple[CircuitBreaker | None, RetryBudget]]
         self._ways = cachetools.LRUCache(self._MOST)
+
+    def renew(self) -> None:
+        """Make the lock anew in a forked child."""
+        self._lock = threading.Lock()
 
     def find(self, lm: Any, kwargs: dict[str, Any]) -> Route:
         """Return the route of a call with `kwargs` on `lm`."""

@@ -10,13 +10,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from dspy_resilient.fork import renew_after_fork
+
 
 class Tally:
     """Named counters behind one short lock."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.renew()
+        renew_after_fork(self)
         self._counts: Counter[str] = Counter()
+
+    def renew(self) -> None:
+        """Make the lock anew in a forked child."""
+        self._lock = threading.Lock()
 
     def add(self, name: str, amount: float = 1) -> None:
         """Add to one counter."""

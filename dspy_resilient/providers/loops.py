@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Loop = asyncio.AbstractEventLoop
 
+_CACHE = "in_memory_llm_clients_cache"
 _TURNS = 20
 _TURN = 0.005
 
@@ -98,10 +99,11 @@ class _Loops:
         The child must neither send on those connections nor close them: the parent goes on using
         them. Nor may the collector get at them.
         """
-        cache = _cache()
-        if cache is not None:
-            self._inherited.append(dict(cache.cache_dict))
-            cache.flush_cache()
+        litellm = _litellm()
+        if _CACHE in litellm:
+            self._inherited.append(dict(litellm[_CACHE].cache_dict))
+            litellm[_CACHE].flush_cache()
+        self._inherited.append(litellm.pop("module_level_client", None))  # made again when named
         self._inherited.append(self._tended)
         self._begin()
 
@@ -145,36 +147,33 @@ def _take_clients(loop: Loop, *, busy: bool) -> list[httpx.AsyncClient]:
 
 
 def _clients(loop: Loop) -> list[tuple[str, httpx.AsyncClient]]:
-    cache = _cache()
-    if cache is None:
-        return []
+    cache = _litellm().get(_CACHE)
     mark = f"-{id(loop)}"
     found = []
-    for key, client in list(cache.cache_dict.items()):
-        if key.endswith(mark) and _is_litellms(cache, client):
-            http = closing.http_client_of(client)
-            if http is not None:
-                found.append((key, http))
+    for key, client in [] if cache is None else list(cache.cache_dict.items()):
+        http = closing.http_client_of(client) if key.endswith(mark) else None
+        if http is not None and not _is_lent(cache, client, http):
+            found.append((key, http))
     return found
 
 
-def _cache() -> Any:
-    """Return LiteLLM's cache of clients if there is one yet; never imports or loads anything."""
+def _litellm() -> dict[str, Any]:
+    """Return what LiteLLM has made so far; never imports, loads or makes anything."""
     litellm = sys.modules.get("litellm")
-    if litellm is None:
-        return None
-    return object.__getattribute__(litellm, "__dict__").get("in_memory_llm_clients_cache")
+    return {} if litellm is None else object.__getattribute__(litellm, "__dict__")
 
 
-def _is_litellms(cache: Any, client: Any) -> bool:
-    """Whether LiteLLM made `client`; what a caller has lent it is not ours to close."""
-    is_owned = getattr(getattr(cache, "evicted_client_closer", None), "_is_owned", None)
-    return is_owned is None or is_owned(client)
+def _is_lent(cache: Any, client: Any, http: httpx.AsyncClient) -> bool:
+    """Whether a caller made `client`, or what it sends through; that is not ours to close."""
+    is_litellms = getattr(getattr(cache, "evicted_client_closer", None), "_is_owned", None)
+    if is_litellms is None:  # a LiteLLM that does not keep account
+        return http is _litellm().get("aclient_session")
+    return not is_litellms(client)
 
 
 def _forget(key: str) -> None:
     """Remove an entry of LiteLLM's cache, unlike `delete_cache` without a trace."""
-    cache = _cache()
+    cache = _litellm()[_CACHE]
     cache.cache_dict.pop(key, None)
     expiry = cache.ttl_dict.pop(key, None)
     with contextlib.suppress(ValueError):

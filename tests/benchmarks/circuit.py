@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from contextlib import suppress
 
 import circuitbreaker
 
@@ -56,7 +57,7 @@ def refused_with_error(breaker: circuitbreaker.CircuitBreaker):
 
     def work(times: int) -> None:
         for _ in range(times):
-            try:
+            try:  # `suppress` would cost as much as what is measured
                 call()
             except circuitbreaker.CircuitBreakerError:
                 pass
@@ -117,10 +118,8 @@ def opened(breaker):
 
     call = breaker.decorate(fail)
     for _ in range(5):
-        try:
+        with suppress(ConnectionError):
             call()
-        except ConnectionError:
-            pass
     return breaker
 
 

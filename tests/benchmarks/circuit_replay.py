@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from contextlib import suppress
 from itertools import product
 from statistics import fmean
 
@@ -90,12 +91,9 @@ class Stock:
     def call(self, fails: bool) -> bool:
         if self.breaker.opened:
             return False
-        try:
-            with self.breaker:
-                if fails:
-                    raise ConnectionError
-        except ConnectionError:
-            pass
+        with suppress(ConnectionError), self.breaker:
+            if fails:
+                raise ConnectionError
         return True
 
 

@@ -387,8 +387,8 @@ def test_closed_again_starts_with_an_empty_window(make, clock):
     """The failures of the outage are not counted again after it (R22, R24)."""
     breaker = make(window=1000.0)
     for _ in range(5):
-        fail(breaker)
         succeed(breaker)
+        fail(breaker)
     assert breaker.opened
     recover(breaker, clock)
     for _ in range(4):

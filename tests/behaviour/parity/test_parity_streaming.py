@@ -192,7 +192,7 @@ def test_the_native_engine_streams(compare, streamed, model_type):
     def scenario(lm):
         return streamed(Program(), stream_listeners=[StreamListener("answer")])
 
-    theirs, _ = compare(scenario, engine=engine, model_type=model_type, answer=dspy_answers(ANSWER))
+    theirs, _ = compare(scenario, engine="lm15", model_type=model_type, answer=dspy_answers(ANSWER))
     assert len(theirs.result) > 3
 
 

@@ -1,0 +1,360 @@
+"""Connections to providers: reused while a loop runs, and none left behind when it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import dspy
+import litellm
+import openai
+import pytest
+from litellm.integrations.custom_logger import CustomLogger
+
+from dspy_resilient import ResilientLM, providers
+from dspy_resilient.testing import (
+    CutStream,
+    Garbage,
+    Hang,
+    Hold,
+    Provider,
+    Reset,
+    StallStream,
+    Status,
+)
+
+PREFIXES = ("openai", "anthropic")
+KEY = "key-for-tests"
+DESCRIPTORS = Path("/proc/self/fd")
+
+
+def descriptors():
+    """Count this process's open descriptors, after what is garbage has gone."""
+    gc.collect()
+    return len(list(DESCRIPTORS.iterdir()))
+
+
+@pytest.fixture
+def leaves_nothing(caplog):
+    """A block in which a provider runs; afterwards no descriptor is left and nothing was warned of."""
+    if not DESCRIPTORS.is_dir():
+        pytest.skip("needs /proc")
+
+    @contextlib.contextmanager
+    def block(answer="Paris"):
+        with Provider("ready") as running:
+            asyncio.run(client(running).acall("?"))  # what the process opens once and keeps
+        before = descriptors()
+        with Provider(answer) as running:
+            yield running
+        assert descriptors() <= before
+        assert [record.getMessage() for record in caplog.records] == []
+
+    return block
+
+
+def client(provider, prefix="openai", **options):
+    """Build a client that sends each call, once."""
+    options = {"cache": False, "num_retries": 0, "circuit": False, **options}
+    return ResilientLM(f"{prefix}/test", api_base=provider.base(prefix), api_key=KEY, **options)
+
+
+async def stream(lm):
+    """Stream an answer through DSPy and return its text."""
+    listener = dspy.streaming.StreamListener("answer")
+    program = dspy.streamify(dspy.Predict("question -> answer"), stream_listeners=[listener])
+    with dspy.context(lm=lm):
+        chunks = [chunk async for chunk in program(question="Capital of France?")]
+    return chunks[-1].answer
+
+
+async def cancelled(lm):
+    """Cancel a call that is under way."""
+    call = asyncio.ensure_future(lm.acall("?"))
+    await asyncio.sleep(0.02)
+    call.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await call
+
+
+async def failed(lm):
+    """Make a call that fails."""
+    with pytest.raises(dspy.LMError):
+        await lm.acall("?")
+
+
+async def broken_stream(lm):
+    """Stream an answer that ends in the middle."""
+    with pytest.raises(dspy.LMError):
+        await stream(lm)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_hundred_event_loops_in_a_row_leave_nothing_behind(leaves_nothing, prefix):
+    """Plain LiteLLM holds a hundred connections then, and warns of each in the end (R34)."""
+    with leaves_nothing() as provider:
+        lm = client(provider, prefix)
+        for _ in range(100):
+            assert asyncio.run(lm.acall("?")) == ["Paris"]
+        assert provider.connections == 100
+
+
+ENDINGS = {
+    "500": (Status(500), failed),
+    "reset": (Reset(), failed),
+    "garbage": (Garbage(), failed),
+    "timeout": (Hang(), failed),
+    "cancelled": (Hang(), cancelled),
+    "stream": (None, stream),
+    "broken stream": (CutStream(), broken_stream),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_however_calls_end_their_loops_leave_nothing_behind(leaves_nothing, prefix, ending):
+    """Neither descriptors nor warnings (R34)."""
+    fault, call = ENDINGS[ending]
+    with leaves_nothing(None) as provider:
+        provider.always(fault)
+        lm = client(provider, prefix, timeout=0.05 if ending == "timeout" else 30)
+        for _ in range(5):
+            asyncio.run(call(lm))
+
+
+def test_a_provider_that_refuses_connections_leaves_nothing_behind(leaves_nothing):
+    """A connection that never came about is none to close (R34)."""
+    with leaves_nothing() as provider:
+        provider.down()
+        lm = client(provider)
+        for _ in range(5):
+            asyncio.run(failed(lm))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_eight_threads_with_loops_of_their_own_leave_nothing_behind(leaves_nothing, prefix):
+    """Nor do they disturb one another: LiteLLM's log stays silent, too (R8, R34)."""
+    with leaves_nothing() as provider:
+        lm = client(provider, prefix)
+
+        async def three():
+            return await asyncio.gather(*(lm.acall("?") for _ in range(3)))
+
+        def loops():
+            return [asyncio.run(three()) for _ in range(5)]
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = [future.result() for future in [pool.submit(loops) for _ in range(8)]]
+        assert answers == [[[["Paris"]] * 3] * 5] * 8
+
+
+def test_calls_on_one_loop_share_a_connection(provider, make):
+    """Twenty in a row take one, five at once no more than five (R34)."""
+    lm = make(cache=False)
+
+    async def calls():
+        for _ in range(20):
+            await lm.acall("?")
+        assert provider.connections == 1
+        await asyncio.gather(*(lm.acall("?") for _ in range(5)))
+        assert provider.connections <= 5
+
+    asyncio.run(calls())
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, "gemini"])
+def test_a_stream_outlives_other_loops(prefix):
+    """With plain LiteLLM a second loop's stream ends the first's, which then hangs (R8, R34)."""
+    got_a_chunk = threading.Event()
+
+    async def words(provider):
+        await providers.tend()
+        chunks = await litellm.acompletion(
+            f"{prefix}/test",
+            [{"role": "user", "content": "?"}],
+            api_base=provider.base(prefix),
+            api_key=KEY,
+            stream=True,
+            num_retries=0,
+        )
+        text = ""
+        async for chunk in chunks:
+            text += chunk.choices[0].delta.content or ""
+            got_a_chunk.set()
+        return text
+
+    answer = "The capital is Paris"
+    stalls = Provider(answer, faults=[StallStream(1, 1.0)])
+    with stalls as provider, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(asyncio.run, words(provider))
+        assert got_a_chunk.wait(30)
+        assert asyncio.run(words(provider)) == answer
+        assert first.result(30) == answer
+
+
+def test_a_call_outlives_other_loops(provider, make):
+    """The end of a loop closes its own clients only (R34)."""
+    lm, hold = make(cache=False), Hold()
+    provider.script(hold)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(asyncio.run, lm.acall("first"))
+        provider.wait_for(1)
+        asyncio.run(lm.acall("second"))
+        hold.release()
+        assert first.result(30) == ["Paris"]
+
+
+def test_a_call_outlives_the_shutdown_of_its_loops_generators(provider, make):
+    """Whoever runs it early finds idle connections closed, and none under a request (R34)."""
+    lm, hold = make(cache=False), Hold()
+
+    async def calls():
+        await lm.acall("warm")
+        provider.script(hold)
+        call = asyncio.ensure_future(lm.acall("held"))
+        await asyncio.to_thread(provider.wait_for, 2)
+        await asyncio.get_running_loop().shutdown_asyncgens()
+        hold.release()
+        return await call
+
+    assert asyncio.run(calls()) == ["Paris"]
+    asyncio.run(lm.acall("sweeps"))
+
+
+def test_loops_closed_by_hand_are_cleaned_up_after(leaves_nothing):
+    """Without `shutdown_asyncgens`, the next loop's first call closes what they left (R34)."""
+    with leaves_nothing() as provider:
+        lm = client(provider)
+        for _ in range(5):
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(lm.acall("?"))
+            loop.close()
+        asyncio.run(lm.acall("?"))
+
+
+def test_another_kind_of_loop_is_tended_to_as_well(leaves_nothing):
+    """Nothing relies on asyncio's own loops (R8, R34)."""
+    uvloop = pytest.importorskip("uvloop")
+
+    def run(work):
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(work)
+
+    run(asyncio.sleep(0))  # uvloop keeps a pair of descriptors for good
+    with leaves_nothing() as provider:
+        lm = client(provider)
+        for _ in range(5):
+            assert run(lm.acall("?")) == ["Paris"]
+
+
+@pytest.mark.filterwarnings("ignore:Unclosed:ResourceWarning")  # they are the user's now
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_cache_emptied_by_the_user_breaks_nothing(provider, make):
+    """LiteLLM makes new clients then (R34)."""
+    lm = make(cache=False)
+
+    async def calls():
+        await lm.acall("?")
+        litellm.in_memory_llm_clients_cache.flush_cache()
+        return await lm.acall("?")
+
+    assert asyncio.run(calls()) == ["Paris"]
+    assert asyncio.run(calls()) == ["Paris"]
+    gc.collect()
+
+
+def test_a_client_lent_to_litellm_stays_open(provider):
+    """Azure's are cached like LiteLLM's own (R34)."""
+
+    async def call(lent):
+        await providers.tend()
+        await litellm.acompletion(
+            "azure/test", [{"role": "user", "content": "?"}], client=lent, num_retries=0
+        )
+
+    with asyncio.Runner() as runner:
+        lent = openai.AsyncAzureOpenAI(
+            api_key=KEY, api_version="2024-10-21", azure_endpoint=provider.url, max_retries=0
+        )
+        runner.run(call(lent))
+        runner.run(runner.get_loop().shutdown_asyncgens())
+        assert not lent.is_closed()
+        runner.run(lent.close())
+    litellm.in_memory_llm_clients_cache.flush_cache()
+
+
+def test_callbacks_hear_of_every_success_though_its_loop_ends_at_once(provider, make):
+    """Plain LiteLLM keeps these reports for a later loop, or loses them (R8)."""
+    heard = []
+
+    class Listener(CustomLogger):
+        async def async_log_success_event(self, kwargs, response_obj, start_time, end_time):
+            heard.append(response_obj.choices[0].message.content)
+
+    listener = Listener()
+    litellm.callbacks.append(listener)
+    try:
+        lm = make(cache=False)
+        for _ in range(10):
+            asyncio.run(lm.acall("?"))
+        assert heard == ["Paris"] * 10
+    finally:
+        litellm.logging_callback_manager.remove_callback_from_list_by_object(
+            litellm.callbacks, listener
+        )
+        for name in ("success_callback", "_async_success_callback", "failure_callback"):
+            getattr(litellm, name)[:] = [c for c in getattr(litellm, name) if c is not listener]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_opens_connections_of_its_own(provider, make):
+    """On the parent's, each would read the other's answers (R8)."""
+    lm = make(cache=False)
+
+    async def calls():
+        await lm.acall("?")
+        lm("?")
+        assert provider.connections == 2
+        child = os.fork()
+        if child == 0:
+            answers = lm("?")  # the loop is the parent's; a child must not run it
+            os._exit(0 if answers == ["Paris"] else 1)
+        status = await asyncio.to_thread(os.waitpid, child, 0)
+        assert os.waitstatus_to_exitcode(status[1]) == 0
+        assert provider.connections == 3
+        await lm.acall("?")
+        lm("?")
+        assert provider.connections == 3
+
+    asyncio.run(calls())
+
+
+def test_nothing_is_left_to_warn_of_at_exit():
+    """Neither by loops that ended as they should nor by those that did not (R34)."""
+    script = """if True:
+        import asyncio, gc
+        from dspy_resilient import ResilientLM
+        from dspy_resilient.testing import Provider
+        with Provider("Paris") as provider:
+            for prefix in ("openai", "anthropic"):
+                base = provider.base(prefix)
+                lm = ResilientLM(prefix + "/test", api_base=base, api_key="k", cache=False)
+                asyncio.run(lm.acall("?"))
+                loop = asyncio.new_event_loop()
+                loop.run_until_complete(lm.acall("?"))
+                loop.close()
+        print("done")
+    """
+    warnings = ["-W", "error::ResourceWarning", "-W", "error::RuntimeWarning"]
+    command = [sys.executable, *warnings, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=55, check=True)
+    assert (ended.stdout, ended.stderr) == ("done\n", "")
