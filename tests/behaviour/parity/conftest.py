@@ -91,6 +91,9 @@ def run_on_a_loop(coroutine):
             return await coroutine
         finally:
             await litellm.close_litellm_async_clients()
+            shared = vars(litellm).pop("module_level_aclient", None)  # made again when needed
+            if shared is not None:
+                await shared.close()
 
     return asyncio.run(run())
 
@@ -212,7 +215,7 @@ def observe(build, scenario, answer, faults) -> Seen:
 
 @pytest.fixture(scope="session", autouse=True)
 def _imports_rest():
-    """What is there by now (LiteLLM's many types) need not be looked through after each test."""
+    """What is there by now, LiteLLM's many types, need not be looked through after each test."""
     gc.collect()
     gc.freeze()
     yield
