@@ -66,7 +66,9 @@ def test_neither_import_nor_construction_starts_a_thread(found):
 def test_imports_point_one_way():
     """The contracts of pyproject.toml hold: layers, and what the call page may know (section 13)."""
     pytest.importorskip("importlinter")
-    code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    code = (
+        "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    )
     command = [sys.executable, "-c", code]  # a process of its own: it disables loggers
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
