@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import warnings
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -60,7 +61,9 @@ _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
 def _with_callbacks(method: _Method) -> _Method:
-    """Have a call method tell the user's DSPy callbacks, and keep its type."""
+    """Have a call method tell the user's DSPy callbacks what DSPy's own would, and keep its type."""
+    dspys = inspect.signature(getattr(dspy.LM, method.__name__))
+    method.__signature__ = dspys  # type: ignore[attr-defined]  # what `inspect` looks for first
     decorated: _Method = with_callbacks(method)
     return decorated
 

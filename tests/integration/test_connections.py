@@ -52,6 +52,7 @@ def leaves_nothing(caplog):
         with Provider("ready") as running:
             asyncio.run(client(running).acall("?"))  # what the process opens once and keeps
         before = descriptors()
+        caplog.clear()  # of what other tests' garbage has said
         with Provider(answer) as running:
             yield running
         assert descriptors() <= before

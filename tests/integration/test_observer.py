@@ -423,6 +423,7 @@ def test_every_thread_hears_its_own_failures(provider):
 
 def test_without_keywords_the_context_tells(provider, ask):
     """A typed Request carries no tags, so its attempt is found by where it runs (R30)."""
+    providers.load()
     provider.always(Status(503))
     lm = dspy.LM(
         "openai/test",
