@@ -36,6 +36,7 @@ try:  # what an adapter of DSPy 3.4 sets to say that a messages= call is its own
 except ImportError:  # DSPy 3.5 has no such calls any more
     _adapter_call = adapter_message_call = None
 
+_NOTHING = contextlib.nullcontext()
 _sending: ContextVar[bool] = ContextVar("dspy_resilient_sending", default=False)
 
 
@@ -48,6 +49,14 @@ def called_by_adapter(lm: object, messages: object) -> bool:
     """Whether one of DSPy's adapters has marked this very call as its own."""
     mark = _adapter_call.get() if _adapter_call is not None else None
     return mark is not None and mark[0] is lm and mark[1] is messages
+
+
+def _marked_as_adapters(twin: object, messages: object) -> contextlib.AbstractContextManager[None]:
+    """Pass on to the twin the mark that makes a messages= call an adapter's, and so no warning."""
+    if adapter_message_call is None or messages is None:
+        return _NOTHING
+    mark: contextlib.AbstractContextManager[None] = adapter_message_call(twin, messages)
+    return mark
 
 
 class _WatchedStream:
@@ -161,23 +170,19 @@ class Attempt:
     @contextlib.contextmanager
     def _scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
         """Set up what DSPy and LiteLLM are to see during the attempt, and nothing beyond it."""
-        with contextlib.ExitStack() as scope:
-            token = _sending.set(True)
-            scope.callback(_sending.reset, token)
-            lm = self.target.lm
-            keywords = {"model": lm.model, **lm.kwargs, **kwargs}
-            watch = providers.watch(self._witness, self._by_keywords(args), keywords)
-            tags = scope.enter_context(watch)
-            twin: Any = self._twin(tags)
-            if settings := self._settings():
-                scope.enter_context(dspy.context(**settings))
-            messages = kwargs.get("messages")
-            if adapter_message_call is not None and messages is not None:
-                scope.enter_context(adapter_message_call(twin, messages))
-            try:
-                yield twin
-            finally:
-                del twin.update_history  # it holds the twin and the attempt in a cycle
+        lm = self.target.lm
+        keywords = {"model": lm.model, **lm.kwargs, **kwargs}
+        token = _sending.set(True)
+        try:
+            with providers.watch(self._witness, self._by_keywords(args), keywords) as tags:
+                twin: Any = self._twin(tags)
+                try:
+                    with self._settings(), _marked_as_adapters(twin, kwargs.get("messages")):
+                        yield twin
+                finally:
+                    del twin.update_history  # it holds the twin and the attempt in a cycle
+        finally:
+            _sending.reset(token)
 
     def _by_keywords(self, args: tuple[Any, ...]) -> bool:
         """Whether LiteLLM sees the keywords of this attempt: not through another engine."""
@@ -198,14 +203,14 @@ class Attempt:
             twin.kwargs = {**lm.kwargs, **tags}
         return twin
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> contextlib.AbstractContextManager[None]:
         settings: dict[str, Any] = {}
         if self.call.streams:
             self._stream = settings["send_stream"] = _WatchedStream(dspy.settings.send_stream)
         if dspy.settings.disable_history:
             settings["disable_history"] = False  # the entry tells whether the answer is complete
             self._discard = True
-        return settings
+        return dspy.context(**settings) if settings else _NOTHING
 
     def _take_record(self, twin: Any, entry: dict[str, Any]) -> None:
         """Receive DSPy's history entry, complete it, and pass it on to DSPy."""

@@ -7,6 +7,7 @@ are fit to be stored. It keeps no prompt, and it does not store anything itself.
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ class Answer:
         tokens: Tokens the provider counted for it: what a hit saves. 0 if unknown.
         key: Key it is stored under, for whoever has to evict it. "" if it is not stored.
         size: Bytes it takes in memory, by estimate; 0 where nobody asked.
+        is_marked: Whether the response in the record bears the mark of a hit.
     """
 
     outputs: Any
@@ -38,6 +40,7 @@ class Answer:
     tokens: int = 0
     key: str = ""
     size: int = 0
+    is_marked: bool = False
 
     @classmethod
     def of(
@@ -83,12 +86,15 @@ class Answer:
         As DSPy writes it (R43): no usage, the old cost, and the response marked as a cache hit
         where its type takes a mark. The caller adds prompt, messages, kwargs, time and uuid.
         """
-        if self.record is None:
+        record = self.record
+        if record is None:
             return None
+        if not self.is_marked:  # once is enough: nobody writes to a response
+            record["response"] = _marked(record.get("response"))
+            self.is_marked = True
         return {
-            **self.record,
-            "outputs": _fresh(self.record.get("outputs", self.outputs)),
-            "response": _marked(self.record.get("response")),
+            **record,
+            "outputs": _fresh(record.get("outputs", self.outputs)),
             "usage": {},
             "cache_hit": True,
         }
@@ -199,7 +205,12 @@ def _tokens(usage: Any) -> int:
 
 def _is_frozen(value: Any) -> bool:
     """Whether `value` is a typed response: a frozen dataclass, which nobody can change."""
-    settings = getattr(type(value), "__dataclass_params__", None)
+    return _are_frozen(type(value))  # type: ignore[arg-type]  # a class can be hashed
+
+
+@functools.lru_cache(maxsize=256)
+def _are_frozen(kind: type) -> bool:
+    settings = getattr(kind, "__dataclass_params__", None)  # slow to miss on a Pydantic class
     return settings is not None and bool(settings.frozen)
 
 

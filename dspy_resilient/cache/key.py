@@ -132,7 +132,8 @@ def _plain(asked: list[Any]) -> bytes | None:
         text = orjson.dumps(asked, option=_FAST)
     except TypeError:
         return None
-    return text if _is_finite(asked) else None  # infinity and NaN would come out as null
+    # Infinity and NaN come out as null.
+    return text if b"null" not in text or _is_finite(asked) else None
 
 
 def _is_finite(asked: list[Any]) -> bool:
