@@ -245,7 +245,7 @@ class Attempt:
         """
         verdict = self._settle(error, None)
         if self.emitted:
-            return dataclasses.replace(verdict, retry=False, next_target=False)
+            return dataclasses.replace(verdict, retry=False, next_target=False, special=False)
         return verdict
 
     def _witness(self, evidence: providers.Evidence) -> None:

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
-from dspy_resilient.cache import Failed, Landed, Waiter
-from dspy_resilient.circuit import Kind
+from dspy_resilient.cache import Failed, Landed, Waiter, usable
+from dspy_resilient.circuit import Kind, Outcome, Verdict, redacted
 from dspy_resilient.errors import (
     AllTargetsFailedError,
     CallRejectedError,
@@ -36,11 +36,11 @@ from dspy_resilient.events import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Mapping
 
     from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer, Lead
-    from dspy_resilient.circuit import CircuitBreaker, GatePass, ThrottleGate, Verdict
+    from dspy_resilient.circuit import CircuitBreaker, GatePass, ThrottleGate
     from dspy_resilient.limits import Slot
     from dspy_resilient.route import Route
     from dspy_resilient.runtime import Runtime
@@ -93,6 +93,7 @@ class Call:
         own: Our own among its keywords (`cache`, `num_retries`), where given.
         key: Cache key under the primary, or None if the call is not to be cached.
         targets: The primary and its fallbacks, in order.
+        special: Who else may be asked about a prompt that is too long, or refused.
         streams: Whether chunks go to a consumer while the call runs.
         may_wait: Whether the caller can wait for an identical call without risk of deadlock.
         max_attempts: Attempts per target.
@@ -106,6 +107,7 @@ class Call:
     own: dict[str, Any]
     key: str | None
     targets: tuple[Target, ...]
+    special: Mapping[Kind, tuple[Target, ...]]
     streams: bool
     may_wait: bool
     max_attempts: int
@@ -113,6 +115,7 @@ class Call:
     budget: float
     deadline: float = math.inf
     patience: float | None = None
+    filtered: Answer | None = None
     attempts: list[AttemptSummary] = field(default_factory=list)
 
     def recorded(self) -> dict[str, Any]:
@@ -122,6 +125,12 @@ class Call:
             for name, value in (self.own | self.kwargs).items()
             if not name.startswith("api_") and name not in ("prompt", "messages", "request")
         }
+
+    def every_target(self) -> Iterator[Target]:
+        """Yield whoever may be asked in the end."""
+        yield from self.targets
+        for targets in self.special.values():
+            yield from targets
 
     def left(self, now: float) -> float:
         """Return the seconds until the deadline."""
@@ -156,12 +165,12 @@ def complete(call: Call, client: Runtime) -> Steps[Served]:
     if call.key is not None and (hit := client.cache.get(call.key)) is not None:
         _announce_hit(client, hit)
         return Served(hit, hit=True)
-    if any(target.needs_litellm for target in call.targets) and not client.ready():
+    if not client.ready() and any(target.needs_litellm for target in call.every_target()):
         yield Prepare()
     call.deadline = client.clock() + call.budget
     try:
         if call.key is None or call.streams:
-            return Served((yield from _ask_targets(call, client, None)), hit=False)
+            return (yield from _ask_all(call, client, None))
         return (yield from _share(call, client, call.key))
     except Exception as error:
         if call.key is not None and _excuses_stale(error):
@@ -195,7 +204,7 @@ def _share(call: Call, client: Runtime, key: str) -> Steps[Served]:
     while isinstance(place, Waiter):
         if not call.may_wait:
             place.leave()
-            return Served((yield from _ask_targets(call, client, None)), hit=False)
+            return (yield from _ask_all(call, client, None))
         client.emit(FlightJoined)
         try:
             news = yield Wait(place.future, call.left(client.clock()))
@@ -217,7 +226,7 @@ def _share(call: Call, client: Runtime, key: str) -> Steps[Served]:
         if answer is not None:
             served = Served(answer, hit=True)
         else:
-            served = Served((yield from _ask_targets(call, client, lead)), hit=False)
+            served = yield from _ask_all(call, client, lead)
     except BaseException as error:
         if _is_the_providers(error):
             lead.fail(error)
@@ -241,40 +250,87 @@ def _is_the_providers(error: BaseException) -> bool:
     )
 
 
-def _ask_targets(call: Call, client: Runtime, lead: Lead | None) -> Steps[Answer]:
-    """Ask the primary, then each fallback; wait for a circuit when none is left to ask (R27)."""
-    turns = [_Turn(target) for target in call.targets]
+class AnswerFilteredError(Exception):
+    """A content filter held the answer back (`Call.filtered`), and somebody else may do better."""
+
+    verdict = Verdict(Kind.POLICY, Outcome.SUCCESS, retry=False, next_target=False, special=True)
+
+
+def _ask_all(call: Call, client: Runtime, lead: Lead | None) -> Steps[Served]:
+    """Ask the targets; about a prompt too long, or refused, those kept for that (R52).
+
+    The error that leads to such a list stays what it was if nobody in the list answers.
+    """
+    targets: tuple[Target, ...] = call.targets
+    errors: list[Exception] = []
+    lists = dict(call.special)  # each is asked once
+    while targets:
+        try:
+            return (yield from _ask_targets(call, client, lead, targets, errors))
+        except Exception as error:  # noqa: BLE001  # raised below, unless somebody does better
+            errors.append(error)
+        kind = _special_kind(errors[-1])
+        targets = lists.pop(kind, ()) if kind is not None else ()
+    if call.filtered is not None:
+        return Served(call.filtered, hit=False)
+    for later in errors[1:]:
+        errors[0].add_note(f"nor did the fallbacks kept for this answer: {redacted(later)}")
+    raise errors[0]
+
+
+def _special_kind(error: Exception) -> Kind | None:
+    """Return which of the lists kept for one kind of error may do better, if any."""
+    verdict = getattr(error, "verdict", None)
+    return verdict.kind if verdict is not None and verdict.special else None
+
+
+def _ask_targets(
+    call: Call,
+    client: Runtime,
+    lead: Lead | None,
+    targets: tuple[Target, ...],
+    before: list[Exception],
+) -> Steps[Served]:
+    """Ask one target after the other; wait for a circuit when none is left to ask (R27).
+
+    `before` holds the errors that led to these targets, if they are not the first.
+    """
+    turns = [_Turn(target) for target in targets]
+    error = before[-1] if before else None
+    kept_for = None if error is None else _special_kind(error)
     while True:
         for turn in turns:
             if turn.final:
                 continue
-            if turn is not turns[0]:
-                _announce_fallback(client, turn, turns)
+            if error is not None and (before or turn is not turns[0]):
+                _announce_fallback(client, turn, error)
                 key = turn.target.key(call)
                 if key is not None and (hit := client.cache.get(key)) is not None:
-                    return hit
+                    _announce_hit(client, hit)
+                    return Served(hit, hit=True)
             try:
                 return (yield from _ask(call, client, turn, lead))
-            except Exception as error:
-                if not _leads_on(error):
+            except Exception as failure:
+                if not _leads_on(failure, kept_for) or call.left(client.clock()) <= 0:
                     raise
-                turn.error = error
-                turn.final = not isinstance(error, CircuitOpenError)
+                turn.error = error = failure
+                turn.final = not isinstance(failure, CircuitOpenError)
         blocked = [turn.target.route(call) for turn in turns if not turn.final]
         if not blocked or not (yield from _outwait(call, client, blocked)):
             raise _nobody_answered(client, turns)
 
 
-def _leads_on(error: Exception) -> bool:
-    """Whether another target may do better."""
+def _leads_on(error: Exception, kept_for: Kind | None) -> bool:
+    """Whether the next target may do better; those kept for one kind of error go on at it too."""
     if isinstance(error, CallRejectedError):
         return True
     verdict = getattr(error, "verdict", None)
-    return verdict is not None and bool(verdict.next_target)
+    return verdict is not None and (
+        verdict.next_target or (kept_for is not None and _special_kind(error) is kept_for)
+    )
 
 
-def _announce_fallback(client: Runtime, turn: _Turn, turns: list[_Turn]) -> None:
-    before = turns[turns.index(turn) - 1].error
+def _announce_fallback(client: Runtime, turn: _Turn, before: Exception) -> None:
     client.tally.add("fallbacks")
     client.emit(FellBack, turn.target.label, error=type(before).__name__)
 
@@ -316,7 +372,7 @@ def _enlisted(queue: CircuitBreaker | ThrottleGate) -> Iterator[Future[None]]:
         queue.leave(waiter)
 
 
-def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[Answer]:
+def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[Served]:
     """Ask one target until it answers, refuses, or has used up its attempts."""
     target = turn.target
     route = target.route(call)
@@ -332,13 +388,10 @@ def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[A
                 raise
             failure = error
         else:
-            attempt.succeed()
-            call.attempts.append(AttemptSummary(route.label, "answer", attempt.seconds))
-            client.store(target.key(call), answer, whole=attempt.whole)
-            return answer
+            return _take(call, client, attempt, answer)
         _note_failure(call, client, attempt, verdict, failure)
         if lead is not None and (landed := lead.landed) is not None:
-            return landed
+            return Served(landed, hit=True)
         if not verdict.retry:
             raise failure
         if verdict.kind is Kind.THROTTLED:
@@ -347,6 +400,17 @@ def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[A
             if not (attempt.probe and call.has_patience(client.clock(), 0.0)):
                 turn.used += 1
             yield Wait(None, _pause(call, client, turn, route, failure))
+
+
+def _take(call: Call, client: Runtime, attempt: Attempt, answer: Answer) -> Served:
+    """Keep an answer and serve it, unless a filter held it back and somebody may do better."""
+    attempt.succeed()
+    call.attempts.append(AttemptSummary(attempt.label, "answer", attempt.seconds))
+    client.store(attempt.target.key(call), answer, whole=attempt.whole)
+    if Kind.POLICY in call.special and not attempt.emitted and usable(answer) == "filtered":
+        call.filtered = answer
+        raise AnswerFilteredError
+    return Served(answer, hit=False)
 
 
 def _clear_the_way(call: Call, client: Runtime, target: Target, route: Route) -> Steps[Attempt]:

@@ -22,10 +22,11 @@ from dspy_resilient.attempt import called_by_adapter, is_sending
 from dspy_resilient.cache import disk_folder, tenant_of
 from dspy_resilient.call import Call, Served, complete
 from dspy_resilient.events import CallFinished
-from dspy_resilient.fallbacks import build_fallbacks, check_fallbacks, vary_fallbacks
+from dspy_resilient.fallbacks import Fallbacks
 from dspy_resilient.history import entry_of_hit
 from dspy_resilient.observe.stats import Stats
 from dspy_resilient.options import (
+    FALLBACKS,
     UNSET,
     Options,
     build_options,
@@ -100,6 +101,10 @@ class ResilientLM(dspy.LM):
         limits: A `LimitPolicy`, or an int: the most attempts at a time. Default None: no limit.
         fallbacks: Where a call goes when the primary cannot answer, in order: model names,
             `dspy.LM`s, `ResilientLM`s, or dicts of `dspy.LM` arguments.
+        context_window_fallbacks: Where a call goes whose prompt is too long for a model, in the
+            same forms. If none of them answers, ContextWindowExceededError is raised as it was.
+        policy_fallbacks: Where a call goes that a content filter refuses, or whose answer it holds
+            back, in the same forms. If none does better, error or answer stay as they were.
         deadline: Seconds for the whole call, waits and retries included. Default None: no limit.
         on_event: Called with every event (see `events`), in order; its errors are logged once.
         **kwargs: Provider settings, as for `dspy.LM`.
@@ -133,6 +138,8 @@ class ResilientLM(dspy.LM):
         retry: RetryPolicy | None = None,
         limits: LimitPolicy | int | None = None,
         fallbacks: Sequence[str | dict[str, Any] | dspy.BaseLM] | None = (),
+        context_window_fallbacks: Sequence[str | dict[str, Any] | dspy.BaseLM] | None = (),
+        policy_fallbacks: Sequence[str | dict[str, Any] | dspy.BaseLM] | None = (),
         deadline: float | None = None,
         on_event: Listener | None = None,
         **kwargs: Any,
@@ -174,14 +181,14 @@ class ResilientLM(dspy.LM):
         self.deadline = deadline
         self._given_name = name
         self._dropped: tuple[str, ...] = ()
-        self._start(options, fallbacks)
+        given = (fallbacks, context_window_fallbacks, policy_fallbacks)
+        self._start(options, dict(zip(FALLBACKS, given, strict=True)))
 
-    def _start(self, options: Options, fallbacks: Any) -> None:
+    def _start(self, options: Options, fallbacks: dict[str, Any]) -> None:
         """Make the shared part: empty cache, closed circuits."""
         self._runtime = Runtime(options, folder=self._folder(options.cache))
         self._primary = Target(self, self._runtime.routes, self._runtime, dspy.LM, self.history)
-        self._given_fallbacks = check_fallbacks(fallbacks)
-        self._fallbacks = build_fallbacks(self, self._runtime, self._given_fallbacks)
+        self._fallbacks = Fallbacks.build(self, self._runtime, fallbacks)
         self._is_rebuilt = False
 
     def _folder(self, policy: CachePolicy) -> Callable[[], str | None]:
@@ -268,7 +275,7 @@ class ResilientLM(dspy.LM):
             kwargs["messages"] = messages
         if self._is_rebuilt:
             check_credentials(self, kwargs)
-            for each in self._fallbacks:
+            for each in self._fallbacks.all():
                 check_credentials(each.lm, {})
         args = () if prompt is None else (prompt,)
         cached = self.cache if cache is None else cache
@@ -281,6 +288,7 @@ class ResilientLM(dspy.LM):
             own=own,
             key=key_of(self, method, args, kwargs, runtime.tenant) if cached else None,
             targets=self._targets(),
+            special=self._fallbacks.special,
             streams=dspy.settings.send_stream is not None,
             may_wait=not is_sending()
             and (method in ("acall", "agenerate") or not drive.on_a_loop()),
@@ -293,10 +301,9 @@ class ResilientLM(dspy.LM):
         primary = self._primary
         if primary.lm is not self or primary.history is not self.history:
             primary = self._primary = dataclasses.replace(primary, lm=self, history=self.history)
-        if not self._fallbacks:
-            return (primary,)
-        others = (dataclasses.replace(each, history=self.history) for each in self._fallbacks)
-        return (primary, *others)
+        if self._fallbacks.history is not self.history:
+            self._fallbacks = self._fallbacks.recording(self.history)
+        return (primary, *self._fallbacks.general)
 
     def lend_targets(self) -> tuple[Target, ...]:
         """Return what another client may use as its fallbacks: targets, circuits, gates, limits."""
@@ -354,10 +361,8 @@ class ResilientLM(dspy.LM):
         check_call_options(**{name: kwargs[name] for name in own if name in kwargs})
         refuse_stream(kwargs)
         copied: Self = super().copy(**kwargs)
-        if kwargs and self._given_fallbacks:
-            copied._given_fallbacks, copied._fallbacks = vary_fallbacks(
-                copied, self._runtime, self._given_fallbacks, kwargs
-            )
+        if kwargs:
+            copied._fallbacks = self._fallbacks.vary(copied, self._runtime, kwargs)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -379,7 +384,7 @@ class ResilientLM(dspy.LM):
             lost = (*lost, *own, *hooks)
         if self.callbacks:
             lost = (*lost, "callbacks")
-        for name in ("_runtime", "_primary", "_fallbacks", "_given_fallbacks", "_is_rebuilt"):
+        for name in ("_runtime", "_primary", "_fallbacks", "_is_rebuilt"):
             del state[name]
         state["history"] = []
         state["callbacks"] = []
@@ -391,7 +396,8 @@ class ResilientLM(dspy.LM):
         state = dict(state)
         options = load_options(state.pop(STATE_KEY), type(self), allow_custom=True)
         super().__setstate__(state)
-        name, fallbacks = options.pop("name"), options.pop("fallbacks")
+        name = options.pop("name")
+        fallbacks = {each: options.pop(each) for each in FALLBACKS}
         circuit = options.pop("circuit") or None
         self._start(Options(name=name or self.model, circuit=circuit, **options), fallbacks)
         self._is_rebuilt = True
@@ -413,7 +419,7 @@ class ResilientLM(dspy.LM):
         return state
 
     def _dump_options(self, lost: Iterable[str]) -> dict[str, Any]:
-        return dump_options(self._runtime.options, self._given_name, self._given_fallbacks, lost)
+        return dump_options(self._runtime.options, self._given_name, self._fallbacks.given, lost)
 
     @classmethod
     def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> Self:
@@ -444,28 +450,28 @@ class ResilientLM(dspy.LM):
     def supports_function_calling(self) -> bool:
         """Whether the model and every fallback support tools."""
         return super().supports_function_calling and all(
-            each.lm.supports_function_calling for each in self._fallbacks
+            each.lm.supports_function_calling for each in self._fallbacks.general
         )
 
     @property
     def supports_reasoning(self) -> bool:
         """Whether the model and every fallback support native reasoning."""
         return super().supports_reasoning and all(
-            each.lm.supports_reasoning for each in self._fallbacks
+            each.lm.supports_reasoning for each in self._fallbacks.general
         )
 
     @property
     def supports_response_schema(self) -> bool:
         """Whether the model and every fallback support structured output."""
         return super().supports_response_schema and all(
-            each.lm.supports_response_schema for each in self._fallbacks
+            each.lm.supports_response_schema for each in self._fallbacks.general
         )
 
     @property
     def supported_params(self) -> set[str]:
         """Names of the parameters that the model and every fallback take."""
         params: set[str] = super().supported_params
-        return params.intersection(*(each.lm.supported_params for each in self._fallbacks))
+        return params.intersection(*(each.lm.supported_params for each in self._fallbacks.general))
 
     # The client
 
@@ -487,7 +493,7 @@ class ResilientLM(dspy.LM):
     @property
     def circuits(self) -> dict[str, CircuitBreaker]:
         """Every circuit of this client, by the label of its target."""
-        routes = [each.routes.find(each.lm, {}) for each in self._targets()]
+        routes = [each.routes.find(each.lm, {}) for each in self._every_target()]
         routes += self._runtime.all_routes()
         return {route.label: route.circuit for route in routes if route.circuit is not None}
 
@@ -497,7 +503,11 @@ class ResilientLM(dspy.LM):
 
     def explain(self) -> str:
         """Return, for a person, what state the client is in, why, since when and until when."""
-        return self._runtime.explain([each.routes.find(each.lm, {}) for each in self._targets()])
+        targets = self._every_target()
+        return self._runtime.explain([each.routes.find(each.lm, {}) for each in targets])
+
+    def _every_target(self) -> tuple[Target, ...]:
+        return (self._targets()[0], *self._fallbacks.all())
 
     def clear_cache(self) -> None:
         """Forget every cached answer of this client."""

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 UNSET: Any = object()
 _ME = "ResilientLM"
-_NOT_YET = frozenset({"shared", "context_window_fallbacks", "policy_fallbacks"})
+FALLBACKS = ("fallbacks", "context_window_fallbacks", "policy_fallbacks")
+_NOT_YET = frozenset({"shared"})
 _OF_THE_CLIENT = _NOT_YET | {
+    *FALLBACKS,
     "cache_policy",
     "circuit",
-    "fallbacks",
     "limits",
     "name",
     "on_event",

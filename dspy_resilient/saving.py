@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from dspy_resilient.circuit import CircuitBreaker
+from dspy_resilient.options import FALLBACKS
 from dspy_resilient.policies import CachePolicy, CircuitPolicy, LimitPolicy, RetryPolicy
 from dspy_resilient.redact import is_secret, strip_secrets
 
@@ -72,7 +73,10 @@ def clean_state(
 
 
 def dump_options(
-    options: Options, given_name: str | None, fallbacks: Given, lost: Iterable[str] = ()
+    options: Options,
+    given_name: str | None,
+    fallbacks: dict[str, Given],
+    lost: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return a client's policies and fallbacks; what is `lost`, and any hook, only a warning names."""
     hooks = {"on_event": options.on_event, "store_if": options.cache.store_if}
@@ -92,9 +96,10 @@ def dump_options(
         "circuit": circuit.dump() if circuit is not None else False,
         "retry": options.retry.dump(),
         "limits": options.limits.dump() if options.limits is not None else None,
-        "fallbacks": [
-            each if isinstance(each, str) else _dump_fallback(each) for each in fallbacks
-        ],
+        **{
+            name: [each if isinstance(each, str) else _dump_fallback(each) for each in given]
+            for name, given in fallbacks.items()
+        },
     }
 
 
@@ -112,10 +117,15 @@ def load_options(state: dict[str, Any], kind: Any, *, allow_custom: bool) -> dic
         "circuit": CircuitPolicy.load(state["circuit"]) if state["circuit"] else False,
         "retry": RetryPolicy.load(state["retry"]),
         "limits": LimitPolicy.load(state["limits"]) if state["limits"] is not None else None,
-        "fallbacks": [
-            each if isinstance(each, str) else _load_fallback(each, kind, allow_custom=allow_custom)
-            for each in state["fallbacks"]
-        ],
+        **{
+            name: [
+                each
+                if isinstance(each, str)
+                else _load_fallback(each, kind, allow_custom=allow_custom)
+                for each in state[name]
+            ]
+            for name in FALLBACKS
+        },
     }
 
 

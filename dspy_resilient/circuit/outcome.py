@@ -64,7 +64,8 @@ class Verdict:
         outcome: What the circuit of the target hears. AUTH and BILLING are neutral to it: they
             concern the credential, whose own circuit is opened by `kind`.
         retry: Whether the same target may be asked again.
-        next_target: Whether a fallback may be asked. (CONTEXT and POLICY have lists of their own.)
+        next_target: Whether a fallback may be asked.
+        special: Whether a fallback kept for this `kind` alone may be asked.
         retry_after: Seconds the provider asked for, unclamped, or None.
     """
 
@@ -72,11 +73,13 @@ class Verdict:
     outcome: Outcome
     retry: bool
     next_target: bool
+    special: bool = False
     retry_after: float | None = None
 
 
 _AGAIN = frozenset({Kind.FAILURE, Kind.TIMEOUT, Kind.THROTTLED})
 _ELSEWHERE = _AGAIN | {Kind.BILLING, Kind.AUTH, Kind.REJECTED}
+_SPECIAL = frozenset({Kind.CONTEXT, Kind.POLICY})
 
 # Which class names decide, most telling first. These are certain whatever the status:
 _CERTAIN = (
@@ -169,7 +172,14 @@ def _verdict(
     hint: float | None = None,
     retry: bool = False,
 ) -> Verdict:
-    return Verdict(kind, outcome, retry or kind in _AGAIN, kind in _ELSEWHERE, hint)
+    return Verdict(
+        kind,
+        outcome,
+        retry=retry or kind in _AGAIN,
+        next_target=kind in _ELSEWHERE,
+        special=kind in _SPECIAL,
+        retry_after=hint,
+    )
 
 
 def _kind(causes: Causes, *, handed_off: bool) -> Kind:

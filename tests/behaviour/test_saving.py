@@ -315,7 +315,7 @@ def test_settings_of_a_copy_are_saved(make, rebuilt):
     assert (new.num_retries, new.cache, new.max_wait, new.deadline) == (7, False, 0, 9.0)
     assert new.kwargs["temperature"] == 0.25
     assert new.kwargs["rollout_id"] == 4
-    assert new._fallbacks[0].lm.kwargs["rollout_id"] == 4
+    assert new._fallbacks.general[0].lm.kwargs["rollout_id"] == 4
 
 
 SETTINGS = [
@@ -397,8 +397,8 @@ def test_fallbacks_survive_in_whatever_form(provider, make, rebuilt, given):
         new = rebuilt(rebuilt(lm))
         assert list(new.circuits) == list(lm.circuits)
         assert len(new.circuits) == count
-        assert [t.lm.kwargs.get("temperature") for t in new._fallbacks] == [
-            t.lm.kwargs.get("temperature") for t in lm._fallbacks
+        assert [t.lm.kwargs.get("temperature") for t in new._fallbacks.all()] == [
+            t.lm.kwargs.get("temperature") for t in lm._fallbacks.all()
         ]
         provider.down("500")
         if given == "name":
@@ -407,6 +407,20 @@ def test_fallbacks_survive_in_whatever_form(provider, make, rebuilt, given):
             assert [each.body["model"] for each in provider.requests] == ["test", "b"]
         elif given != "chain":
             assert new("q") == ["Lyon"]
+
+
+def test_every_list_of_fallbacks_survives(make, rebuilt):
+    """So do those kept for prompts too long, or refused (R7, R52)."""
+    given = {
+        "fallbacks": ["openai/b"],
+        "context_window_fallbacks": ["openai/long", {"model": "openai/longer", "temperature": 0.3}],
+        "policy_fallbacks": [ResilientLM("openai/open", fallbacks=["openai/d"])],
+    }
+    lm = make(**given)
+    new = rebuilt(rebuilt(lm))
+    assert list(new.circuits) == list(lm.circuits)
+    assert [len(targets) for targets in new._fallbacks.special.values()] == [2, 2]
+    assert new.dump_state() == lm.dump_state()
 
 
 def test_a_shared_circuit_is_saved_as_its_policy(make, rebuilt):

@@ -48,6 +48,8 @@ def build(on_event: Callable[[Event], object]) -> ResilientLM:
         retry=RetryPolicy(max_attempts=2, base=0.5),
         limits=LimitPolicy(max_concurrent=16, rpm=600, tpm=90_000),
         fallbacks=[short, "openai/gpt-4o", {"model": "groq/llama"}],
+        context_window_fallbacks=["gemini/gemini-2.5-pro"],
+        policy_fallbacks=[short],
         max_wait=0,
         deadline=60,
         on_event=on_event,

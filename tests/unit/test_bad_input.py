@@ -189,6 +189,7 @@ def test_a_policy_can_be_varied_pasted_back_and_compared():
 
 # The constructor's own arguments.
 
+LISTS = ["fallbacks", "context_window_fallbacks", "policy_fallbacks"]
 WRONG = [
     *(("max_wait", value, TypeError) for value in ["15", None, True, [1], Decimal(1)]),
     *(("max_wait", value, ValueError) for value in [-1, -0.001, *NOT_FINITE]),
@@ -204,8 +205,9 @@ WRONG = [
     *(("name", value, TypeError) for value in [5, True, b"fast", ["fast"]]),
     ("name", "", ValueError),
     *(("on_event", value, TypeError) for value in [True, "print", [print], 1]),
-    *(("fallbacks", value, TypeError) for value in ["openai/b", b"b", {"model": "b"}, 5, True]),
-    *(("fallbacks", value, TypeError) for value in [{"openai/b"}, dspy.LM("openai/b")]),
+    *((n, v, TypeError) for n in LISTS for v in ["openai/b", b"b", {"model": "b"}, 5, True]),
+    *((n, v, TypeError) for n in LISTS for v in [{"openai/b"}, dspy.LM("openai/b"), [5], [{}]]),
+    *((n, [""], ValueError) for n in LISTS),
     *(("fallback", [value], TypeError) for value in [5, None, True, b"b", ["openai/b"], print]),
     *(("fallback", [value], TypeError) for value in [{}, {"model": 5}, dspy.Predict("a -> b")]),
     ("fallback", [""], ValueError),
@@ -258,6 +260,8 @@ def test_zero_none_and_false_mean_themselves():
         cache=False,
         limits=None,
         fallbacks=None,
+        context_window_fallbacks=None,
+        policy_fallbacks=None,
         name=None,
         on_event=None,
         retry=None,
@@ -304,7 +308,7 @@ async def test_a_call_refuses_what_it_cannot_mean():
             await lm.acall("q", **options)
 
 
-@pytest.mark.parametrize("name", ["shared", "context_window_fallbacks", "policy_fallbacks"])
+@pytest.mark.parametrize("name", ["shared"])
 def test_what_is_not_there_yet_is_a_type_error_by_name(name):
     """Nothing of ours is accepted and ignored, or forwarded to a provider (section 2)."""
     lm = ResilientLM(MODEL)
@@ -355,7 +359,7 @@ def known_elsewhere():
 
 def test_no_argument_of_ours_has_a_name_that_litellm_or_a_provider_takes():
     """But `fallbacks` and `context_window_fallbacks`, which mean the same (section 2)."""
-    planned = {"shared", "context_window_fallbacks", "policy_fallbacks", "cache_policy"}
+    planned = {"shared", "cache_policy"}
     known = known_elsewhere()
     assert len(known) > 100
     assert {*OURS, *planned} & known <= {"fallbacks", "context_window_fallbacks"}
@@ -393,10 +397,19 @@ def test_the_same_target_twice_is_refused():
         assert "openai/" in message
 
 
-def test_a_chain_back_to_the_primary_is_refused():
+@pytest.mark.parametrize("name", LISTS)
+def test_a_chain_back_to_the_primary_is_refused(name):
     """A client whose fallback falls back to it is a cycle (R52)."""
     inner = ResilientLM("openai/b", fallbacks=[MODEL])
-    refused(lambda: ResilientLM(MODEL, fallbacks=[inner]), MODEL, error=ValueError)
+    for given in ([inner], [MODEL], ["openai/c", "openai/c"]):
+        message = refused(lambda v=given: ResilientLM(MODEL, **{name: v}), name, error=ValueError)
+        assert "openai/" in message
+
+
+def test_a_model_may_be_in_several_lists():
+    """Each list has an order of its own (R52)."""
+    lm = ResilientLM(MODEL, **{name: ["openai/b"] for name in LISTS})
+    assert len(lm.circuits) == 2
 
 
 def test_the_same_model_elsewhere_or_with_another_key_is_another_target():
@@ -450,7 +463,7 @@ def test_what_is_refused_has_changed_nothing():
 
 @pytest.mark.parametrize(
     "name",
-    ["name", "circuit", "retry", "limits", "fallbacks", "on_event", "cache_policy"],
+    ["name", "circuit", "retry", "limits", "on_event", "cache_policy", *LISTS],
 )
 def test_a_copy_cannot_have_what_belongs_to_the_client(name):
     """What all copies share is refused by name, whatever the value (R6)."""
