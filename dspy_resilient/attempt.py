@@ -117,7 +117,7 @@ class Attempt:
         self._passage = passage
         self._slot = slot
         self._clock = target.runtime.clock
-        self._started = self._clock()
+        self._started = target.runtime.begin("attempts")
         self.limit = call.left(self._started)
         self._stream: _WatchedStream | None = None
         self._record: dict[str, Any] | None = None
@@ -159,7 +159,6 @@ class Attempt:
             return self._answer(await method(twin, *args, **kwargs))
 
     def _prepare(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        self.target.runtime.tally.add("attempts")
         method = getattr(self.target.kind, self.call.method)
         args, kwargs = self.call.args, dict(self.target.kwargs(self.call))
         lm = self.target.lm
@@ -232,6 +231,7 @@ class Attempt:
     def succeed(self) -> None:
         """Report the answer to circuit, gate, budget and limits."""
         self.seconds = self._clock() - self._started
+        self.target.runtime.tally.time(self.seconds)
         self._admission.answered()
         self._passage.answered()
         self._route.budget.refund()

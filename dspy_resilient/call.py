@@ -428,7 +428,7 @@ def _clear_the_way(call: Call, client: Runtime, target: Target, route: Route) ->
 def _note_failure(
     call: Call, client: Runtime, attempt: Attempt, verdict: Verdict, error: Exception
 ) -> None:
-    client.tally.add("failures")
+    client.tally.add(f"failed:{verdict.kind}")
     call.attempts.append(AttemptSummary(attempt.label, verdict.kind, attempt.seconds))
     with suppress(AttributeError):
         error.verdict = verdict  # type: ignore[attr-defined]  # ours to attach
@@ -534,7 +534,7 @@ def _release(passage: GatePass, slot: Slot | None) -> None:
 
 
 def _rejected(client: Runtime, target: Route, error: CallRejectedError) -> CallRejectedError:
-    client.tally.add("rejected")
+    client.tally.add(f"refused:{error.default_code}")
     if client.hub.listener is not None:
         client.emit(
             CallRejected, target.label, reason=error.default_code, retry_after=error.retry_after

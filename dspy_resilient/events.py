@@ -189,8 +189,13 @@ def _log(event: Event) -> None:
         level,
         "dspy_resilient.%s client=%s target=%s %s",
         snake,
-        event.client,
-        event.target,
+        printable(event.client),
+        printable(event.target or "-"),
         details,
         extra={"event": f"dspy_resilient.{snake}", "facts": facts},
     )
+
+
+def printable(text: str) -> str:
+    """Return `text` without what would steer a terminal or break a line."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -236,7 +236,7 @@ class ResilientLM(dspy.LM):
             return await self._arun(self._begin("agenerate", request, None, kwargs))
 
     def _run(self, call: Call) -> Any:
-        started = self._runtime.clock()
+        started = self._runtime.begin("calls")
         try:
             served = drive.run(complete(call, self._runtime))
         except BaseException as error:
@@ -245,7 +245,7 @@ class ResilientLM(dspy.LM):
         return self._hand_out(call, started, served)
 
     async def _arun(self, call: Call) -> Any:
-        started = self._runtime.clock()
+        started = self._runtime.begin("calls")
         try:
             served = await drive.arun(complete(call, self._runtime))
         except BaseException as error:
@@ -280,7 +280,6 @@ class ResilientLM(dspy.LM):
         args = () if prompt is None else (prompt,)
         cached = self.cache if cache is None else cache
         runtime = self._runtime
-        runtime.tally.add("calls")
         return Call(
             method=method,
             args=args,
@@ -502,7 +501,10 @@ class ResilientLM(dspy.LM):
         return self._runtime.stats()
 
     def explain(self) -> str:
-        """Return, for a person, what state the client is in, why, since when and until when."""
+        """Return, for a person, what state the client is in, why, since when and until when.
+
+        A line for the primary and for each fallback.
+        """
         targets = self._every_target()
         return self._runtime.explain([each.routes.find(each.lm, {}) for each in targets])
 
@@ -548,6 +550,12 @@ class ResilientLM(dspy.LM):
         circuit = self.circuit
         state = circuit.state if circuit is not None else "no circuit"
         return f"{type(self).__name__}({self.model!r}, name={self.name!r}, circuit={str(state)!r})"
+
+    def _repr_html_(self) -> str:
+        from dspy_resilient.observe.display import client_html  # noqa: PLC0415  # only when asked
+
+        circuits = [(name, each.state, each.explain()) for name, each in self.circuits.items()]
+        return client_html(f"{self.name} ({self.model})", circuits, self.stats())
 
     def update_history(self, entry: dict[str, Any]) -> None:
         """Record a call that DSPy made past us, and say so once: no policy applied to it (R3)."""

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import cachetools
 
 from dspy_resilient import providers
-from dspy_resilient.circuit import CircuitState, Kind, Outcome, classify, redacted
+from dspy_resilient.circuit import Kind, Outcome, classify, redacted
 from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.limits import Limiter, RetryBudget
+from dspy_resilient.observe.latency import duration
 from dspy_resilient.redact import redact
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Route:
 
     def wait_time(self) -> float:
         """Return the seconds until `admit` may succeed; see `CircuitBreaker.wait_time`."""
-        if self.circuit is None and self.access is None:
+        if not self._is_guarded:
             return 0.0
         return self.blocker().wait_time()
 
@@ -170,26 +171,20 @@ class Route:
         self.gate = self._runtime.new_gate(self.label)
 
     def explain(self) -> str:
-        """Return what state this route is in, why, and until when."""
-        circuit = None if self.circuit is None and self.access is None else self.blocker()
-        if circuit is None:
-            says = f"{self.label} has no circuit"
-        elif circuit.state == CircuitState.CLOSED:
-            says = f"{self.label} answers; its circuit is closed"
-            if circuit.failure_count:
-                says += f" after {circuit.failure_count} failures in a row"
-        else:
-            left = circuit.wait_time()
-            until = (
-                f"for {left:.1f} s more" if math.isfinite(left) else "until a probe has answered"
-            )
-            says = f"{self.label}: the circuit is {circuit.state} ({circuit.reason}) {until}"
-            if circuit.last_error:
-                says += f"; last error: {circuit.last_error}"
+        """Return what state this route is in, why, since when, and until when."""
+        says = [f"its circuit is {self.blocker().explain()}" if self._is_guarded else "no circuit"]
         pause = self.gate.wait_time()
-        if 0 < pause < math.inf:
-            says += f"; throttled for {pause:.1f} s more"
-        return says + "."
+        if pause == math.inf:
+            says.append("let in step by step after a 429")
+        elif pause > 0:
+            says.append(f"throttled for {duration(pause)} more")
+        if self.limiter is not None and self.limiter.queued:
+            says.append(f"{self.limiter.in_use} requests under way, {self.limiter.queued} queue")
+        return f"{self.label}: {'; '.join(says)}."
+
+    @property
+    def _is_guarded(self) -> bool:
+        return self.circuit is not None or self.access is not None
 
     def refuse_credential(self, permit: Permit | None, kind: Kind, error: BaseException) -> None:
         """Open the way for this credential alone: at once on billing, after 3 on auth (R26)."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from dspy_resilient import providers
 from dspy_resilient.cache import Flights, ResponseCache, usable
 from dspy_resilient.circuit import CircuitBreaker, ThrottleGate
-from dspy_resilient.events import Event, Hub, logger
-from dspy_resilient.observe.stats import Stats, Tally
+from dspy_resilient.events import Event, Hub, logger, printable
+from dspy_resilient.observe import LastMinute, Stats, Tally
 from dspy_resilient.route import Routes
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ class Runtime:
         self.warned = False
         self.hub = Hub(options.on_event)
         self.tally = Tally()
+        self._made_at = clock()
+        self._minute = LastMinute()
+        self._zero: Stats | None = None
         self.flights = Flights(clock=clock, max_age=options.cache.coalesce_max_age)
         self.cache = ResponseCache(options.cache, clock=clock, folder=folder)
         shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
@@ -82,6 +85,14 @@ class Runtime:
             client=self.name,
             target=label,
         )
+
+    def begin(self, what: str) -> float:
+        """Count a call or an attempt that begins, and return the clock's reading."""
+        now = self.clock()
+        if now >= self._minute.due:
+            self._minute.mark(now, self.totals)
+        self.tally.add(what)
+        return now
 
     def emit(self, kind: type[Event], target: str | None = None, **facts: Any) -> None:
         """Tell the listener and the log that something happened."""
@@ -122,35 +133,41 @@ class Runtime:
         """Close every circuit, open every gate, and count from zero."""
         self.routes.reset()
         self.fallback_routes.reset()
-        self.tally.clear()
+        self._minute = LastMinute()
+        self._zero = self.totals()
 
     def close(self) -> None:
         """Refuse further calls and release the cache."""
         self.closed = True
         self.cache.close()
 
-    def stats(self) -> Stats:
-        """Return the totals so far."""
-        counts, cache = self.tally.counts(), self.cache.numbers()
-        skipped = {
-            name.partition(":")[2]: count
-            for name, count in counts.items()
-            if name.startswith("skipped:")
-        }
-        totals = {f.name: counts[f.name] for f in dataclasses.fields(Stats) if f.name in counts}
+    def totals(self) -> Stats:
+        """Return everything counted since the client was made."""
+        counts, cache = self.tally.totals(), self.cache.numbers()
+        skipped = {**counts.pop("skipped", {}), **cache.skipped}
+        failed, refused = counts.get("failed", {}), counts.get("refused", {})
         return Stats(
             client=self.name,
-            **totals,
+            seconds=self.clock() - self._made_at,
             hits=cache.hits,
             stale=cache.stale,
             stored=cache.stored,
             evicted=cache.evicted,
-            skipped=skipped | cache.skipped,
+            skipped=skipped,
+            failures=sum(failed.values()),
+            rejected=sum(refused.values()),
+            **counts,
         )
 
+    def stats(self) -> Stats:
+        """Return the numbers since the client was made or reset, those of the last minute too."""
+        totals = self.totals()
+        recent = self._minute.since(totals)
+        return dataclasses.replace(totals - self._zero if self._zero else totals, recent=recent)
+
     def explain(self, routes: list[Route]) -> str:
-        """Return one paragraph about the given routes."""
-        return "\n".join(f"{self.name}: {route.explain()}" for route in routes)
+        """Return a line about each of the given routes."""
+        return "\n".join(printable(f"{self.name}: {route.explain()}") for route in routes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """Return this very runtime: a copy of a client is the same client (R6)."""

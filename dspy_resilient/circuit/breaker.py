@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dspy_resilient.circuit.compat import Wrapping, package_policy
-from dspy_resilient.circuit.describe import describe
+from dspy_resilient.circuit.describe import condition, describe
 from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.circuit.permit import Permit
 from dspy_resilient.circuit.state import CircuitState, Outcome
@@ -332,6 +332,16 @@ class CircuitBreaker(Turnstile, Wrapping):
         """Calls refused so far; with `mode="observe"`, those that would have been."""
         return self._rejected
 
+    def explain(self) -> str:
+        """Return, for a person, what state it is in, since when, why, and until when."""
+        with self._lock:
+            return condition(self._machine, self._clock())
+
     def __repr__(self) -> str:
         """Show name and state."""
         return f"<CircuitBreaker {self.name!r}: {self.state}>"
+
+    def _repr_html_(self) -> str:
+        from dspy_resilient.observe.display import circuit_html  # noqa: PLC0415  # only when asked
+
+        return circuit_html(self.name, self.state, self.explain())

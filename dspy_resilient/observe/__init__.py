@@ -1,5 +1,6 @@
 """Numbers and words about a client, for people and for machines."""
 
-from dspy_resilient.observe.stats import Stats, Tally
+from dspy_resilient.observe.latency import Latency
+from dspy_resilient.observe.stats import LastMinute, Stats, Tally
 
-__all__ = ["Stats", "Tally"]
+__all__ = ["LastMinute", "Latency", "Stats", "Tally"]

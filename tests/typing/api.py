@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import assert_type
 
@@ -86,7 +86,7 @@ def look(lm: ResilientLM) -> str:
     stats = lm.stats()
     assert_type(stats, Stats)
     assert_type(stats.hits, int)
-    assert_type(stats.skipped, dict[str, int])
+    assert_type(stats.skipped, Mapping[str, int])
     assert_type(lm.explain(), str)
     return lm.explain()
 

@@ -1,0 +1,204 @@
+"""What a client tells about itself while and after calls are made."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import threading
+
+import dspy
+import pytest
+
+from dspy_resilient import CachePolicy, CircuitOpenError, CircuitPolicy, RetryPolicy
+from dspy_resilient.testing import Clock, Hold, Status, Truncated, rate_limited
+
+QUICK = RetryPolicy(base=0.0)
+
+
+def test_stats_count_what_happened(make, provider, ask):
+    """Calls, hits, attempts, failures by kind, retries, what was kept and what was not (R71)."""
+    lm = make(retry=QUICK)
+    provider.script(None, Status(500), rate_limited("0.1"), None, Truncated())
+    for prompt in ("a", "a", "b", "c"):
+        ask(lm, prompt)
+    stats = lm.stats()
+    assert (stats.calls, stats.hits, stats.attempts, stats.retries) == (4, 1, 5, 1)
+    assert (stats.failures, stats.failed) == (2, {"failure": 1, "throttled": 1})
+    assert (stats.stored, stats.skipped) == (2, {"truncated": 1})
+    assert stats.latency.count == 3
+    assert stats.tokens_saved > 0
+    assert stats.recent == stats
+
+
+def test_stats_count_what_was_refused(make, ask):
+    """A refused call is no failure: nothing was sent (R71)."""
+    lm = make(max_wait=0)
+    lm.circuit.force_open()
+    with pytest.raises(CircuitOpenError):
+        ask(lm, "a")
+    stats = lm.stats()
+    assert (stats.rejected, stats.refused) == (1, {"circuit_open": 1})
+    assert (stats.attempts, stats.failures, stats.errors) == (0, 0, 1)
+
+
+def test_latency_is_that_of_the_answers(make, provider, ask):
+    """Neither failures nor pauses between attempts are in it (R71)."""
+    lm = make(retry=RetryPolicy(base=0.2))
+    provider.script(Status(500), None)
+    ask(lm, "a")
+    assert lm.stats().latency.count == 1
+    assert lm.stats().latency.total == pytest.approx(lm.history[-1]["attempts"][-1].seconds)
+
+
+def test_reset_counts_from_zero(make, ask):
+    """Every number, those of the cache too; what is cached stays (R71)."""
+    lm = make()
+    ask(lm, "a")
+    ask(lm, "a")
+    lm.reset()
+    stats = lm.stats()
+    assert stats == type(stats)(client=lm.name)
+    assert stats.recent.calls == 0
+    ask(lm, "a")
+    assert (lm.stats().calls, lm.stats().hits, lm.stats().stored) == (1, 1, 0)
+
+
+def test_a_difference_of_snapshots_is_what_one_run_cost(make, ask):
+    """Stats before and after can be subtracted (R71)."""
+    lm = make()
+    ask(lm, "a")
+    before = lm.stats()
+    ask(lm, "b")
+    assert (lm.stats() - before).attempts == 1
+
+
+def test_recent_numbers_follow_the_clients_clock(make):
+    """What is older than a minute is in the totals only (R71)."""
+    lm = make()
+    clock = lm._runtime.clock = Clock(lm._runtime.clock())
+    for minute in range(3):
+        for number in range(4):
+            lm(f"{minute} {number}")
+            clock.advance(1)
+        clock.advance(86)
+    lm("last")
+    stats = lm.stats()
+    assert (stats.calls, stats.recent.calls) == (13, 1)
+
+
+def test_copies_show_the_same_numbers(make):
+    """A rollout is the same client (R6)."""
+    lm = make()
+    copy.deepcopy(lm)("a")
+    lm.copy(temperature=0.5)("a")
+    assert lm.stats().calls == 2
+
+
+def test_a_client_explains_itself(make, provider, ask):
+    """State, reason, since when and until when, a line for each target (R71)."""
+    lm = make(
+        name="fast",
+        max_wait=0,
+        retry=RetryPolicy(max_attempts=1),
+        circuit=CircuitPolicy(failure_threshold=1, recovery_time=30, jitter=0),
+        fallbacks=["openai/other"],
+    )
+    provider.script(Status(503))
+    ask(lm, "a")
+    first, second = lm.explain().splitlines()
+    assert first.startswith("fast: openai/test at http")
+    assert "open for 0.0 s (failures), for 30 s more; last error: " in first
+    assert second.startswith("fast: openai/other at http")
+    assert "closed for" in second
+
+
+def test_a_throttled_client_says_so(make, provider):
+    """Until when the provider wants a pause (R71)."""
+    lm = make(deadline=5.0)
+    provider.script(rate_limited("30"))
+    with pytest.raises(dspy.LMRateLimitError):
+        lm("a")
+    assert "throttled for 30 s more" in lm.explain()
+
+
+def test_a_queue_is_explained(make, provider):
+    """A client that seems slow may be waiting for its own limit (R71)."""
+    lm, gate = make(limits=1), Hold()
+    provider.always(gate)
+    callers = [threading.Thread(target=lm, args=(str(number),)) for number in range(2)]
+    for caller in callers:
+        caller.start()
+    provider.wait_for(1)
+    while "1 requests under way, 1 queue" not in lm.explain():
+        assert callers[0].is_alive()
+    gate.release()
+    for caller in callers:
+        caller.join()
+
+
+def test_a_client_has_a_view_for_notebooks(make, provider, ask):
+    """Circuits of all targets with their states, and the numbers; no secret, no address to load (R71)."""
+    lm = make(name="<fast>", fallbacks=["openai/other"], api_key="sk-not-to-be-shown-0123456789")
+    ask(lm, "a prompt that is nobody's business")
+    html = lm._repr_html_()
+    assert "&lt;fast&gt;" in html
+    assert html.count(">closed<") == 2
+    assert "openai/other" in html
+    assert "requests sent" in html
+    assert "sk-not" not in html
+    assert "nobody" not in html
+    assert "src=" not in html
+
+
+def test_reading_the_numbers_disturbs_nothing(make, provider):
+    """Looking while many threads call neither blocks nor loses anything (R8)."""
+    lm = make(cache=CachePolicy(disk=None))
+    over = threading.Event()
+
+    def look():
+        while not over.is_set():
+            str(lm.stats())
+            lm._repr_html_()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        callers = [
+            threading.Thread(target=lambda n=n: [lm(f"{n} {i}") for i in range(5)])
+            for n in range(6)
+        ]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    finally:
+        over.set()
+        watcher.join()
+    assert lm.stats().calls == lm.stats().attempts == lm.stats().latency.count == 30
+
+
+def test_a_cancelled_call_is_no_answer(make, provider):
+    """It counts as a call and an attempt, and as nothing else (R71)."""
+    lm = make()
+    provider.always(Hold())
+
+    async def cancel():
+        task = asyncio.create_task(lm.acall("a"))
+        await asyncio.to_thread(provider.wait_for, 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    stats = lm.stats()
+    assert (stats.calls, stats.attempts, stats.failures, stats.latency.count) == (1, 1, 0, 0)
+
+
+def test_log_lines_stay_lines(make, caplog):
+    """A name with a line break in it makes one line all the same (R70)."""
+    caplog.set_level(logging.DEBUG, logger="dspy_resilient")
+    make(name="two\nlines").circuit.force_open()
+    (record,) = caplog.records
+    assert "\n" not in record.getMessage()
+    assert record.facts["client"] == "two\nlines"
