@@ -358,9 +358,23 @@ def _outwait(call: Call, client: Runtime, blocked: list[Route]) -> Steps[bool]:
     if not call.has_patience(now, wait):
         return False
     assert call.patience is not None  # has_patience has set it
-    with _enlisted(route.blocker()) as waiter:
-        yield Wait(waiter, min(wait, call.patience - now, call.left(now)))
+    most = min(call.patience - now, call.left(now))
+    yield from _line_up(client, route.blocker(), route.label, most)
     return True
+
+
+def _line_up(
+    client: Runtime, queue: CircuitBreaker | ThrottleGate, target: str, most: float
+) -> Steps[None]:
+    """Wait until it makes sense to ask again, at most `most` seconds; say so if it takes long."""
+    with _enlisted(queue) as waiter:
+        wait = min(queue.recheck_time(), most)
+        if wait > client.long_wait and math.isinf(queue.wait_time()):
+            yield Wait(waiter, client.long_wait)  # those who were let in may report any moment
+            wait -= client.long_wait
+        if wait > client.long_wait and not waiter.done():
+            client.announce_wait(queue, target, wait)
+        yield Wait(waiter, wait)
 
 
 @contextmanager
@@ -499,8 +513,7 @@ def _pass_gate(call: Call, client: Runtime, route: Route, lease: float) -> Steps
                 retry_after=hint,
             )
             raise _rejected(client, route, error)
-        with _enlisted(gate) as waiter:
-            yield Wait(waiter, min(wait, call.left(now)))
+        yield from _line_up(client, gate, route.label, call.left(now))
         _check_deadline(call, client)
     return passage
 

@@ -1,12 +1,30 @@
 """What happened, as frozen facts in the past tense, and how listeners hear of it.
 
-This module owns the event types and their delivery. It formats nothing for people but log lines,
-and it never lets a listener's fault reach a call.
+    event              when                                                              log
+    CallFinished       a call has ended, with an answer or with an error                 -
+    CacheHit           an answer came from the cache                                     -
+    FlightJoined       a call waits for an identical one that is under way               -
+    AttemptFailed      one request has ended without an answer                           -
+    RetryScheduled     a failed attempt will be repeated after a pause                   -
+    FellBack           a call goes on to the next target                                 -
+    CallRejected       a target was not asked: circuit, gate or limit refused            -
+    WaitStarted        calls are held up for more than a few seconds; once for each wait warning
+    Throttled          a 429 has closed the gate                                         warning
+    CircuitOpened      a circuit leaves the provider alone                               warning
+    CircuitHalfOpened  a circuit lets probes through                                     info
+    CircuitClosed      a circuit lets everything through again                           info
+
+A listener (`ResilientLM(on_event=...)`) hears all of them, in order. The logger `dspy_resilient`
+gets one line for each change of state: the event's name and facts, which are in the record's
+`event` and `facts` too. No handler is installed. This module owns the event types and their
+delivery; it formats nothing for people but log lines, and it never lets a listener's fault reach a
+call.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -118,11 +136,26 @@ class CircuitClosed(Event):
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitStarted(Event):
+    """Calls wait for a `reason`, "circuit" or "throttled", for up to `seconds`: until `ends`.
+
+    Attributes:
+        seconds: How long from now.
+        ends: The time of day when it ends, for people, e.g. "14:03:25".
+    """
+
+    reason: str
+    seconds: float
+    ends: str
+
+
 Listener = Callable[[Event], object]
 
 # What is worth a line in the log: what changes for every call to come, not what one call met.
-_STATE_CHANGES = (CircuitOpened, CircuitHalfOpened, CircuitClosed, Throttled)
+_STATE_CHANGES = (CircuitOpened, CircuitHalfOpened, CircuitClosed, Throttled, WaitStarted)
 _BASE = {f.name for f in fields(Event)}
+_KEEPING = (logging.FileHandler, logging.NullHandler)
 
 
 class Hub:
@@ -162,7 +195,9 @@ class Hub:
 
     def _deliver(self, event: Event) -> None:
         if isinstance(event, _STATE_CHANGES):
-            _log(event)
+            line = _log(event)
+            if isinstance(event, WaitStarted):
+                _show(line)
         if self.listener is None:
             return
         try:
@@ -177,23 +212,40 @@ class Hub:
                 )
 
 
-def _log(event: Event) -> None:
+def _log(event: Event) -> str:
+    """Write one line to the log and return it."""
     name = type(event).__name__
     snake = "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
     facts: dict[str, Any] = {f.name: getattr(event, f.name) for f in fields(event)}
-    details = " ".join(f"{k}={v!r}" for k, v in facts.items() if k not in _BASE and v is not None)
+    details = " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value!r}"
+        for name, value in facts.items()
+        if name not in _BASE and value is not None
+    )
     level = (
         logging.INFO if isinstance(event, (CircuitHalfOpened, CircuitClosed)) else logging.WARNING
     )
-    logger.log(
-        level,
-        "dspy_resilient.%s client=%s target=%s %s",
-        snake,
-        printable(event.client),
-        printable(event.target or "-"),
-        details,
-        extra={"event": f"dspy_resilient.{snake}", "facts": facts},
-    )
+    line = f"dspy_resilient.{snake} client={printable(event.client)} "
+    line += f"target={printable(event.target or '-')} {details}"
+    logger.log(level, "%s", line, extra={"event": f"dspy_resilient.{snake}", "facts": facts})
+    return line
+
+
+def _show(line: str) -> None:
+    """Write `line` to the terminal too if the log goes elsewhere: a waiting run must not seem hung."""
+    if sys.stderr.isatty() and logger.isEnabledFor(logging.WARNING) and not _is_shown(logger):
+        sys.stderr.write(f"{line}\n")
+
+
+def _is_shown(source: logging.Logger | None) -> bool:
+    """Whether what `source` logs is likely to be seen as it comes: not only kept in files."""
+    if not logger.hasHandlers():
+        return True  # logging itself then writes warnings to the terminal
+    while source is not None:
+        if not all(isinstance(each, _KEEPING) for each in source.handlers):
+            return True
+        source = source.parent if source.propagate else None
+    return False
 
 
 def printable(text: str) -> str:

@@ -168,7 +168,7 @@ class Route:
         if self.circuit is not None:
             self.circuit.reset()
         self.access = None
-        self.gate = self._runtime.new_gate(self.label)
+        self.gate.reset()
 
     def explain(self) -> str:
         """Return what state this route is in, why, since when, and until when."""

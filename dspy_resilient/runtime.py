@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dspy_resilient import providers
 from dspy_resilient.cache import Flights, ResponseCache, usable
 from dspy_resilient.circuit import CircuitBreaker, ThrottleGate
-from dspy_resilient.events import Event, Hub, logger, printable
+from dspy_resilient.events import Event, Hub, WaitStarted, logger, printable
 from dspy_resilient.observe import LastMinute, Stats, Tally
 from dspy_resilient.route import Routes
 
@@ -45,6 +45,7 @@ class Runtime:
         self.clock = clock
         self.random = random.random
         self.closed = False
+        self.long_wait = 3.0
         self.warned = False
         self.hub = Hub(options.on_event)
         self.tally = Tally()
@@ -93,6 +94,15 @@ class Runtime:
             self._minute.mark(now, self.totals)
         self.tally.add(what)
         return now
+
+    def announce_wait(
+        self, queue: CircuitBreaker | ThrottleGate, target: str, seconds: float
+    ) -> None:
+        """Say, once for each long wait, that calls are held up and until when."""
+        if queue.is_news(self.clock() + seconds):
+            ends = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))  # noqa: TID251  # people read it
+            reason = "circuit" if isinstance(queue, CircuitBreaker) else "throttled"
+            self.emit(WaitStarted, target, reason=reason, seconds=seconds, ends=ends)
 
     def emit(self, kind: type[Event], target: str | None = None, **facts: Any) -> None:
         """Tell the listener and the log that something happened."""

@@ -173,6 +173,18 @@ class ThrottleGate(Turnstile):
                     self._signals.call(1)
         self._signals.send()
 
+    def reset(self) -> None:
+        """Open, let in whoever waits, and forget every 429."""
+        with self._lock:
+            self._generation += 1
+            self._closings = 0
+            self._hinted_until = self._closed_until = -math.inf
+            self._throttled_since = None
+            self._places.clear()
+            self._open = True
+            self._signals.call()
+        self._signals.send()
+
     # Looking
 
     @property

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from dspy_resilient.events import Event, Listener
 
 
+_SAME = 1.0  # seconds by which two readings of the end of one wait may differ
+
+
 class Places:
     """Places taken by calls under way, each until it is given back or its lease is over.
 
@@ -149,6 +152,7 @@ class Turnstile:
     _clock: Callable[[], float]
     _signals: Signals
     _places: Places
+    _told_until = -math.inf
 
     @abstractmethod
     def _wait(self, now: float) -> float:
@@ -174,6 +178,14 @@ class Turnstile:
             now = self._clock()
             wait = self._wait(now)
             return max(0.0, self._places.next_end - now) if math.isinf(wait) else wait
+
+    def is_news(self, until: float) -> bool:
+        """Whether nobody has been told yet of a wait that lasts until the clock reads `until`."""
+        with self._lock:
+            is_news = until > self._told_until + _SAME
+            if is_news:
+                self._told_until = until
+        return is_news
 
     def enlist(self) -> Future[None]:
         """Return a future that is resolved as soon as there is something new for this waiter.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import re
 import threading
 
 import dspy
 import pytest
 
 from dspy_resilient import CachePolicy, CircuitOpenError, CircuitPolicy, RetryPolicy
+from dspy_resilient.events import WaitStarted
 from dspy_resilient.testing import Clock, Hold, Status, Truncated, rate_limited
 
 QUICK = RetryPolicy(base=0.0)
@@ -202,3 +204,95 @@ def test_log_lines_stay_lines(make, caplog):
     (record,) = caplog.records
     assert "\n" not in record.getMessage()
     assert record.facts["client"] == "two\nlines"
+
+
+async def blocked(lm, count, release):
+    """Let `count` callers of both kinds wait for something, then release them."""
+    tasks = [asyncio.create_task(lm.acall(f"async {number}")) for number in range(count)]
+    threads = [asyncio.to_thread(lm, f"sync {number}") for number in range(count)]
+    waiting = asyncio.gather(*tasks, *threads)
+    await asyncio.to_thread(lm.told.wait, 20)
+    await asyncio.sleep(0.1)  # for the others, who should be silent
+    release()
+    assert await waiting == [["Paris"]] * (2 * count)
+
+
+@pytest.fixture
+def watched(make, caplog):
+    """Build a client whose events are kept in `heard`."""
+    caplog.set_level(logging.WARNING, logger="dspy_resilient")
+
+    def build(**options):
+        heard, told = [], threading.Event()
+
+        def listen(event):
+            heard.append(event)
+            if isinstance(event, WaitStarted):
+                told.set()
+
+        lm = make(max_wait=900, on_event=listen, **options)
+        lm.heard, lm.told = heard, told
+        return lm
+
+    return build
+
+
+def waits(lm):
+    return [event for event in lm.heard if isinstance(event, WaitStarted)]
+
+
+def test_a_long_wait_for_a_circuit_is_announced_once(watched, caplog):
+    """With the time when it ends, however many calls wait (R70)."""
+    lm = watched()
+    lm.circuit.force_open("maintenance", seconds=60)
+    asyncio.run(blocked(lm, 4, lm.circuit.reset))
+    (wait,) = waits(lm)
+    assert (wait.reason, wait.target) == ("circuit", lm._primary.label)
+    assert 50 < wait.seconds <= 60
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", wait.ends)
+    (line,) = [r.getMessage() for r in caplog.records if r.event.endswith("wait_started")]
+    assert wait.ends in line
+    lm.heard.clear()
+    lm.told.clear()
+    lm.clear_cache()
+    lm.circuit.force_open("again", seconds=90)
+    asyncio.run(blocked(lm, 1, lm.circuit.reset))
+    assert len(waits(lm)) == 1
+
+
+def test_a_long_pause_after_a_429_is_announced_once(watched, provider):
+    """It says how long the provider wants it to be (R70)."""
+    lm = watched()
+    provider.script(rate_limited("40"))
+    asyncio.run(blocked(lm, 3, lm.reset))
+    (wait,) = waits(lm)
+    assert wait.reason == "throttled"
+    assert 30 < wait.seconds <= 40
+
+
+def test_a_short_wait_is_not_announced(watched):
+    """A blip is ridden out in silence (R70)."""
+    lm = watched()
+    lm.circuit.force_open("blip", seconds=0.3)
+    assert lm("a") == ["Paris"]
+    assert not waits(lm)
+
+
+def test_waiting_for_a_probe_that_hangs_is_announced(watched, provider):
+    """When nobody can tell how long it takes, after a few seconds of it (R70)."""
+    lm, gate = watched(cache=False), Hold()
+    lm._runtime.long_wait = 0.2
+    provider.script(gate)
+    lm.circuit.force_half_open()
+    asyncio.run(blocked(lm, 2, gate.release))
+    (wait,) = waits(lm)
+    assert wait.reason == "circuit"
+    assert wait.seconds <= 60
+
+
+def test_a_wait_ends_with_the_lease_of_a_probe_that_was_lost(watched):
+    """Nobody calls the waiters then; they ask again by themselves (R24)."""
+    lm = watched(cache=False, circuit=CircuitPolicy(probe_lease=0.3))
+    lm.circuit.force_half_open()
+    lm.circuit.admit()  # and forget it
+    assert lm("a") == ["Paris"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
 import logging
 import os
 import pickle
+import re
 import threading
 
 import pytest
@@ -22,6 +25,7 @@ from dspy_resilient.events import (
     Hub,
     RetryScheduled,
     Throttled,
+    WaitStarted,
 )
 
 KINDS = [
@@ -40,6 +44,7 @@ SAMPLES = {
     "outcome": "failure",
     "error": "LMServerError",
     "attempt": 2,
+    "ends": "14:03:25",
 }
 
 
@@ -215,7 +220,7 @@ def test_what_is_no_error_of_a_listener_goes_through():
     assert heard == [0, 1]
 
 
-CHANGES = [CircuitOpened, CircuitHalfOpened, CircuitClosed, Throttled]
+CHANGES = [CircuitOpened, CircuitHalfOpened, CircuitClosed, Throttled, WaitStarted]
 
 
 @pytest.mark.parametrize("kind", CHANGES)
@@ -241,6 +246,65 @@ def test_what_one_call_met_is_not_logged(kind, caplog):
     assert not caplog.records
 
 
+def test_the_table_of_events_is_complete():
+    """Each event is listed once, with the level of its line in the log or none (R70)."""
+    rows = re.findall(r"^    ([A-Z]\w+) .* (-|info|warning)$", events.__doc__, flags=re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(kind.__name__ for kind in KINDS)
+    logged = {name for name, level in rows if level != "-"}
+    assert logged == {kind.__name__ for kind in KINDS if Hub().wants(kind)}
+
+
+class Terminal(io.StringIO):
+    """A stream that takes itself for a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def shown(monkeypatch, *kinds, handler=None, level=logging.INFO, terminal=None):
+    """Return what stands on a terminal after these events, in a program with only this logging."""
+    logger = logging.Logger("dspy_resilient", level)  # noqa: LOG001  # alone, without a root
+    if handler is not None:
+        logger.addHandler(handler)
+    monkeypatch.setattr(events, "logger", logger)
+    with contextlib.redirect_stderr(terminal or Terminal()) as stderr:
+        for kind in kinds:
+            Hub().emit(sample(kind))
+    return stderr.getvalue()
+
+
+def test_a_long_wait_is_seen_once_without_any_logging(monkeypatch):
+    """Python's own last resort writes warnings to the terminal (R70)."""
+    (line,) = shown(monkeypatch, WaitStarted).splitlines()
+    assert line.startswith("dspy_resilient.wait_started client=fast")
+    assert "ends='14:03:25'" in line
+
+
+def test_a_long_wait_is_seen_though_the_log_goes_to_a_file(monkeypatch, tmp_path):
+    """A run at a terminal must not seem hung (R70)."""
+    with contextlib.closing(logging.FileHandler(tmp_path / "log")) as handler:
+        text = shown(monkeypatch, WaitStarted, Throttled, handler=handler)
+    assert len(text.splitlines()) == 1
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
+
+
+def test_a_long_wait_is_not_said_twice(monkeypatch):
+    """Where the log is shown on the terminal, its line is enough (R70)."""
+    terminal = Terminal()
+    text = shown(
+        monkeypatch, WaitStarted, handler=logging.StreamHandler(terminal), terminal=terminal
+    )
+    assert text.count("wait_started") == 1
+
+
+def test_silence_is_kept(monkeypatch):
+    """Neither a program that wants no warnings nor one without a terminal hears anything (R70)."""
+    keep = logging.NullHandler()
+    assert not shown(monkeypatch, WaitStarted, handler=keep, level=logging.ERROR)
+    assert not shown(monkeypatch, WaitStarted, handler=keep, terminal=io.StringIO())
+    assert shown(monkeypatch, WaitStarted, handler=keep)
+
+
 def test_trouble_is_a_warning_and_its_end_is_not(caplog):
     """An operator's filter by level finds what needs a look."""
     caplog.set_level(logging.DEBUG, logger="dspy_resilient")
@@ -250,6 +314,7 @@ def test_trouble_is_a_warning_and_its_end_is_not(caplog):
     assert levels == {
         "circuit_opened": logging.WARNING,
         "throttled": logging.WARNING,
+        "wait_started": logging.WARNING,
         "circuit_half_opened": logging.INFO,
         "circuit_closed": logging.INFO,
     }
