@@ -36,6 +36,7 @@ try:  # what an adapter of DSPy 3.4 sets to say that a messages= call is its own
 except ImportError:  # DSPy 3.5 has no such calls any more
     _adapter_call = adapter_message_call = None
 
+_ASYNC = {"__call__": "acall", "generate": "agenerate"}
 _NOTHING = contextlib.nullcontext()
 _sending: ContextVar[bool] = ContextVar("dspy_resilient_sending", default=False)
 
@@ -148,18 +149,22 @@ class Attempt:
 
     def run(self) -> Answer:
         """Send the request on this thread and return the answer."""
-        method, args, kwargs = self._prepare()
+        method, args, kwargs = self._prepare(self.call.method)
         with self._scope(args, kwargs) as twin:
             return self._answer(method(twin, *args, **kwargs))
 
     async def arun(self) -> Answer:
-        """Send the request on the running loop and return the answer."""
-        method, args, kwargs = self._prepare()
+        """Send the request on the running loop and return the answer.
+
+        A sync call comes here too, where it streams under a deadline: its loop is its consumer's.
+        """
+        name = self.call.method
+        method, args, kwargs = self._prepare(_ASYNC.get(name, name))
         with self._scope(args, kwargs) as twin:
             return self._answer(await method(twin, *args, **kwargs))
 
-    def _prepare(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        method = getattr(self.target.kind, self.call.method)
+    def _prepare(self, name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        method = getattr(self.target.kind, name)
         args, kwargs = self.call.args, dict(self.target.kwargs(self.call))
         lm = self.target.lm
         if args and isinstance(args[0], dspy.lm15.Request) and args[0].model != lm.model:

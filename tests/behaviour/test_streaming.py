@@ -9,7 +9,7 @@ import anyio
 import dspy
 import pytest
 
-from dspy_resilient import CircuitPolicy, RetryPolicy
+from dspy_resilient import CircuitPolicy, DeadlineExceededError, RetryPolicy
 from dspy_resilient.testing import (
     CutStream,
     Hang,
@@ -144,8 +144,17 @@ async def test_a_deadline_ends_a_stream_that_hangs(provider, make, is_async):
     """The deadline holds under a stream too (R54)."""
     lm = make(deadline=0.5)
     provider.script(Hang())
-    with pytest.raises(dspy.LMError), anyio.fail_after(20):
+    with pytest.raises(DeadlineExceededError), anyio.fail_after(20):
         await consume(lm, is_async=is_async)
+    assert provider.count == 1
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+async def test_a_stream_within_its_deadline_is_whole(make, is_async):
+    """A deadline that is kept is not noticed (R54)."""
+    chunks, prediction = await consume(make(deadline=30.0), is_async=is_async)
+    assert chunks > 3
+    assert prediction.answer
 
 
 def test_a_sync_program_streams_synchronously(provider, make):
