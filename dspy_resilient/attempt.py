@@ -143,6 +143,11 @@ class Attempt:
         return self._stream is not None and self._stream.emitted
 
     @property
+    def record(self) -> dict[str, Any]:
+        """Return DSPy's history entry of the answer, empty before there is one."""
+        return self._record or {}
+
+    @property
     def whole(self) -> bool:
         """Whether the end of the answer was seen, if it was streamed (R42)."""
         return self._stream is None or self._stream.whole
@@ -181,7 +186,8 @@ class Attempt:
             with providers.watch(self._witness, self._by_keywords(args), keywords) as tags:
                 twin: Any = self._twin(tags)
                 try:
-                    with self._settings(), _marked_as_adapters(twin, kwargs.get("messages")):
+                    marked = _marked_as_adapters(twin, kwargs.get("messages"))
+                    with self._traced(), self._settings(), marked:
                         yield twin
                 finally:
                     del twin.update_history  # it holds the twin and the attempt in a cycle
@@ -206,6 +212,10 @@ class Attempt:
         if tags:
             twin.kwargs = {**lm.kwargs, **tags}
         return twin
+
+    def _traced(self) -> contextlib.AbstractContextManager[None]:
+        tracer = self.target.runtime.tracer
+        return _NOTHING if tracer is None else tracer.attempt(self)
 
     def _settings(self) -> contextlib.AbstractContextManager[None]:
         settings: dict[str, Any] = {}
@@ -241,7 +251,7 @@ class Attempt:
         self._passage.answered()
         self._route.budget.refund()
         if self._slot is not None:
-            self._slot.leave(tokens=_tokens(self._record), slow=self._route.is_slow(self.seconds))
+            self._slot.leave(tokens=_tokens(self.record), slow=self._route.is_slow(self.seconds))
 
     def settle(self, error: BaseException) -> Verdict:
         """Return the verdict on `error`, reporting it the first time; later calls change nothing.
@@ -315,6 +325,6 @@ class Attempt:
         )
 
 
-def _tokens(record: dict[str, Any] | None) -> int | None:
-    total = ((record or {}).get("usage") or {}).get("total_tokens")
+def _tokens(record: dict[str, Any]) -> int | None:
+    total = (record.get("usage") or {}).get("total_tokens")
     return total if isinstance(total, int) and math.isfinite(total) else None

@@ -184,7 +184,7 @@ def complete(call: Call, client: Runtime) -> Steps[Served]:
 
 
 def _announce_hit(client: Runtime, hit: Answer, *, stale: bool = False) -> None:
-    if client.hub.listener is not None:
+    if client.is_heard:
         now = client.clock()
         client.emit(CacheHit, hit.target or None, age=now - hit.stored_at, stale=stale)
 
@@ -448,7 +448,7 @@ def _note_failure(
         error.verdict = verdict  # type: ignore[attr-defined]  # ours to attach
         if verdict.retry_after is not None and getattr(error, "retry_after", None) is None:
             error.retry_after = verdict.retry_after  # type: ignore[attr-defined]  # DSPy's field
-    if client.hub.listener is not None:
+    if client.is_heard:
         client.emit(
             AttemptFailed,
             attempt.label,
@@ -548,7 +548,7 @@ def _release(passage: GatePass, slot: Slot | None) -> None:
 
 def _rejected(client: Runtime, target: Route, error: CallRejectedError) -> CallRejectedError:
     client.tally.add(f"refused:{error.default_code}")
-    if client.hub.listener is not None:
+    if client.is_heard:
         client.emit(
             CallRejected, target.label, reason=error.default_code, retry_after=error.retry_after
         )

@@ -212,10 +212,14 @@ class Hub:
                 )
 
 
+def name_of(event: Event) -> str:
+    """Return the fixed text for this kind of event, e.g. "dspy_resilient.circuit_opened"."""
+    name = type(event).__name__
+    return "dspy_resilient." + "".join("_" + c.lower() if c.isupper() else c for c in name)[1:]
+
+
 def _log(event: Event) -> str:
     """Write one line to the log and return it."""
-    name = type(event).__name__
-    snake = "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
     facts: dict[str, Any] = {f.name: getattr(event, f.name) for f in fields(event)}
     details = " ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value!r}"
@@ -225,9 +229,9 @@ def _log(event: Event) -> str:
     level = (
         logging.INFO if isinstance(event, (CircuitHalfOpened, CircuitClosed)) else logging.WARNING
     )
-    line = f"dspy_resilient.{snake} client={printable(event.client)} "
+    line = f"{name_of(event)} client={printable(event.client)} "
     line += f"target={printable(event.target or '-')} {details}"
-    logger.log(level, "%s", line, extra={"event": f"dspy_resilient.{snake}", "facts": facts})
+    logger.log(level, "%s", line, extra={"event": name_of(event), "facts": facts})
     return line
 
 

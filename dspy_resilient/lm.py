@@ -236,6 +236,20 @@ class ResilientLM(dspy.LM):
             return await self._arun(self._begin("agenerate", request, None, kwargs))
 
     def _run(self, call: Call) -> Any:
+        tracer = self._runtime.tracer
+        if tracer is None:
+            return self._complete(call)
+        with tracer.call(call):
+            return self._complete(call)
+
+    async def _arun(self, call: Call) -> Any:
+        tracer = self._runtime.tracer
+        if tracer is None:
+            return await self._acomplete(call)
+        with tracer.call(call):
+            return await self._acomplete(call)
+
+    def _complete(self, call: Call) -> Any:
         started = self._runtime.begin("calls")
         try:
             served = drive.run(complete(call, self._runtime))
@@ -244,7 +258,7 @@ class ResilientLM(dspy.LM):
             raise
         return self._hand_out(call, started, served)
 
-    async def _arun(self, call: Call) -> Any:
+    async def _acomplete(self, call: Call) -> Any:
         started = self._runtime.begin("calls")
         try:
             served = await drive.arun(complete(call, self._runtime))
@@ -338,7 +352,7 @@ class ResilientLM(dspy.LM):
         runtime = self._runtime
         if error is not None:
             runtime.tally.add("errors")
-        if runtime.hub.listener is not None:
+        if runtime.is_heard:
             runtime.emit(
                 CallFinished,
                 seconds=runtime.clock() - started,
@@ -493,8 +507,8 @@ class ResilientLM(dspy.LM):
     def circuits(self) -> dict[str, CircuitBreaker]:
         """Every circuit of this client, by the label of its target."""
         routes = [each.routes.find(each.lm, {}) for each in self._every_target()]
-        routes += self._runtime.all_routes()
-        return {route.label: route.circuit for route in routes if route.circuit is not None}
+        own = {route.label: route.circuit for route in routes if route.circuit is not None}
+        return own | self._runtime.circuits()
 
     def stats(self) -> Stats:
         """Return what this client has done so far."""

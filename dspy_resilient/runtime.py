@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dspy_resilient import providers
 from dspy_resilient.cache import Flights, ResponseCache, usable
@@ -21,10 +21,29 @@ from dspy_resilient.route import Routes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
+    from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer
+    from dspy_resilient.call import Call
     from dspy_resilient.options import Options
     from dspy_resilient.route import Route
+
+
+class Tracer(Protocol):
+    """Whoever follows calls while they happen, on the thread or task on which they do."""
+
+    def call(self, call: Call) -> AbstractContextManager[None]:
+        """Return what surrounds one call."""
+        ...
+
+    def attempt(self, attempt: Attempt) -> AbstractContextManager[None]:
+        """Return what surrounds one request."""
+        ...
+
+    def note(self, event: Event) -> None:
+        """Hear of an event within the call that met it; must not raise."""
+        ...
 
 
 class Runtime:
@@ -48,6 +67,7 @@ class Runtime:
         self.long_wait = 3.0
         self.warned = False
         self.hub = Hub(options.on_event)
+        self.trace(None)
         self.tally = Tally()
         self._made_at = clock()
         self._minute = LastMinute()
@@ -106,8 +126,13 @@ class Runtime:
 
     def emit(self, kind: type[Event], target: str | None = None, **facts: Any) -> None:
         """Tell the listener and the log that something happened."""
-        if self.hub.wants(kind):
-            self.hub.emit(kind(client=self.name, at=self.clock(), target=target, **facts))
+        wanted = self.hub.wants(kind)
+        if wanted or self.tracer is not None:
+            event = kind(client=self.name, at=self.clock(), target=target, **facts)
+            if self.tracer is not None:
+                self.tracer.note(event)
+            if wanted:
+                self.hub.emit(event)
 
     def backoff(self, failures: int) -> float:
         """Return the wait after the given number of earlier failures: full jitter (R50)."""
@@ -138,6 +163,17 @@ class Runtime:
     def all_routes(self) -> list[Route]:
         """Return every route that has been used."""
         return [*self.routes.all(), *self.fallback_routes.all()]
+
+    def circuits(self) -> dict[str, CircuitBreaker]:
+        """Return the circuits that have been used, by label."""
+        return {
+            route.label: route.circuit for route in self.all_routes() if route.circuit is not None
+        }
+
+    def trace(self, tracer: Tracer | None) -> None:
+        """Have every call, attempt and event told to `tracer`, as it happens; None ends it."""
+        self.tracer = tracer
+        self.is_heard = tracer is not None or self.hub.listener is not None
 
     def reset(self) -> None:
         """Close every circuit, open every gate, and count from zero."""

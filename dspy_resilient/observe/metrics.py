@@ -1,0 +1,82 @@
+"""What is measured about clients, for whichever system collects it; it counts nothing itself.
+
+Clients that are copies of each other count once, and those of one name together. A `reset()` does
+not touch these numbers: what collects them expects counters that never fall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import dspy
+
+if TYPE_CHECKING:
+    from dspy_resilient.circuit import CircuitState
+    from dspy_resilient.lm import ResilientLM
+    from dspy_resilient.observe.stats import Stats
+    from dspy_resilient.runtime import Runtime
+
+
+class Counter(NamedTuple):
+    """One number of `Stats`: its name for collectors, its field, and what its parts are called."""
+
+    name: str
+    field: str
+    part: str | None
+    meaning: str
+
+    def samples(self, stats: Stats) -> list[tuple[dict[str, str], float]]:
+        """Return the labels and value of the number, or of each of its parts."""
+        found = getattr(stats, self.field)
+        if self.part is None:
+            return [({}, found)]
+        return [({self.part: reason}, count) for reason, count in found.items()]
+
+
+COUNTERS = (
+    Counter("calls", "calls", None, "Calls made by users."),
+    Counter("hits", "hits", None, "Calls answered from the cache."),
+    Counter("stale", "stale", None, "Hits that were past their ttl."),
+    Counter("coalesced", "coalesced", None, "Calls answered by an identical one under way."),
+    Counter("errors", "errors", None, "Calls that ended with an error."),
+    Counter("attempts", "attempts", None, "Requests sent to providers."),
+    Counter("failures", "failed", "kind", "Attempts that ended without an answer."),
+    Counter("retries", "retries", None, "Attempts repeated after a pause."),
+    Counter("rejected", "refused", "reason", "Times a circuit, gate or limit refused to send."),
+    Counter("fallbacks", "fallbacks", None, "Times a call went on to the next target."),
+    Counter("stored", "stored", None, "Answers kept in the cache."),
+    Counter("skipped", "skipped", "reason", "Answers not kept in the cache."),
+    Counter("evicted", "evicted", None, "Answers dropped from the cache."),
+    Counter("tokens_saved", "tokens_saved", None, "Tokens that hits and coalesced calls saved."),
+    Counter("dollars_saved", "cost_saved", None, "Dollars they saved, where prices are known."),
+)
+
+
+def runtimes(clients: Iterable[ResilientLM | Iterable[ResilientLM]]) -> list[Runtime]:
+    """Return what the clients stand on, each once; a collection among them is looked through."""
+    groups = ((each,) if isinstance(each, dspy.LM) else each for each in clients)
+    found = {id(lm._runtime): lm._runtime for group in groups for lm in group}  # noqa: SLF001  # what copies share
+    return list(found.values())
+
+
+def totals(found: Iterable[Runtime]) -> dict[str, Stats]:
+    """Return the numbers by the name of the client."""
+    numbers: dict[str, Stats] = {}
+    for runtime in found:
+        name, stats = runtime.name, runtime.totals()
+        numbers[name] = numbers[name] + stats if name in numbers else stats
+    return numbers
+
+
+def circuit_states(found: Iterable[Runtime]) -> dict[tuple[str, str], CircuitState]:
+    """Return the state of every circuit in use, by client and target.
+
+    Where several have the same names, one that is not closed is shown.
+    """
+    states: dict[tuple[str, str], CircuitState] = {}
+    for runtime in found:
+        for target, circuit in runtime.circuits().items():
+            if states.get((runtime.name, target), "closed") == "closed":
+                states[runtime.name, target] = circuit.state
+    return states
