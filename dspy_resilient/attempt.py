@@ -183,7 +183,9 @@ class Attempt:
         keywords = {"model": lm.model, **lm.kwargs, **kwargs}
         token = _sending.set(True)
         try:
-            with providers.watch(self._witness, self._by_keywords(args), keywords) as tags:
+            connections = self.target.runtime.connections
+            by_keywords = self._by_keywords(args)
+            with providers.watch(self._witness, by_keywords, keywords, connections) as tags:
                 twin: Any = self._twin(tags)
                 try:
                     marked = _marked_as_adapters(twin, kwargs.get("messages"))

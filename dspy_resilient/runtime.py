@@ -72,6 +72,7 @@ class Runtime:
         self._made_at = clock()
         self._minute = LastMinute()
         self._zero: Stats | None = None
+        self.connections = providers.Connections()
         self.flights = Flights(clock=clock, max_age=options.cache.coalesce_max_age)
         self.cache = ResponseCache(options.cache, clock=clock, folder=folder)
         shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None

@@ -1,6 +1,7 @@
 """The way to the providers, as far as it leads through LiteLLM."""
 
 from dspy_resilient.providers.evidence import Evidence
+from dspy_resilient.providers.leases import Connections
 from dspy_resilient.providers.loops import tend
 from dspy_resilient.providers.observer import (
     Sighting,
@@ -14,6 +15,7 @@ from dspy_resilient.providers.observer import (
 )
 
 __all__ = [
+    "Connections",
     "Evidence",
     "Sighting",
     "ensure_registered",

@@ -1,4 +1,4 @@
-"""Closes async HTTP clients: properly on their own event loop, by force once that loop is gone.
+"""Closes HTTP clients: async ones properly on their own event loop, by force once that is gone.
 
 It knows as much of httpx, aiohttp and asyncio as that takes. Which clients are to be closed, and
 when, is for others to say.
@@ -8,26 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:
     import httpx
 
+    HttpClient: TypeAlias = httpx.Client | httpx.AsyncClient
+
+Loop = asyncio.AbstractEventLoop
+
 _PATIENCE = 1.0
 
 
-def http_client_of(client: Any) -> httpx.AsyncClient | None:
+def http_client_of(client: Any) -> HttpClient | None:
     """Return the httpx client inside an SDK's client or LiteLLM's handler, or None if none is."""
     import httpx  # noqa: PLC0415  # whoever has such a client has imported it
 
     for candidate in (getattr(client, "_client", None), getattr(client, "client", None), client):
-        if isinstance(candidate, httpx.AsyncClient):
+        if isinstance(candidate, (httpx.AsyncClient, httpx.Client)):
             return candidate
     return None
 
 
-def is_busy(http: httpx.AsyncClient) -> bool:
+def is_sync(http: HttpClient) -> TypeGuard[httpx.Client]:
+    """Whether `http` can be closed anywhere, without a loop."""
+    return not hasattr(http, "aclose")
+
+
+def is_busy(http: HttpClient) -> bool:
     """Whether a request, or a stream that nobody has closed, holds a connection of `http`."""
     for transport in _transports(http):
         if _connector(transport) is not None:
@@ -38,24 +49,32 @@ def is_busy(http: httpx.AsyncClient) -> bool:
     return False
 
 
-async def close(http: httpx.AsyncClient) -> None:
+async def close(http: HttpClient) -> None:
     """Close `http` on the running loop, which must be its own; by force if it takes a second."""
+    if is_sync(http):
+        abandon(http)
+        return
+    asynchronous: Any = http
     connections = list(_connections(http))
     try:
         async with asyncio.timeout(_PATIENCE):
-            await http.aclose()
+            await asynchronous.aclose()
     except Exception:  # noqa: BLE001  # nobody is left who could do anything about it
         for connection in connections:
             with contextlib.suppress(Exception):
                 connection.abort()
 
 
-def abandon(http: httpx.AsyncClient) -> None:
+def abandon(http: HttpClient) -> None:
     """Close the sockets of `http`, whose loop does not run any more; on any thread, never raises.
 
-    Neither Python nor aiohttp has anything to warn of then. Connections of httpx's own pool are
-    left to the collector.
+    Neither Python nor aiohttp has anything to warn of then. Connections of httpx's own async pool
+    are left to the collector.
     """
+    if is_sync(http):
+        with contextlib.suppress(Exception):
+            http.close()
+        return
     connections = list(_connections(http))
     for transport in _transports(http):
         with contextlib.suppress(Exception):
@@ -64,7 +83,47 @@ def abandon(http: httpx.AsyncClient) -> None:
         _drop(connection)
 
 
-def _connections(http: httpx.AsyncClient) -> Iterator[Any]:
+def close_with(client: Any, http: HttpClient, loop: weakref.ref[Loop] | None) -> None:
+    """Have `http` closed when `client`, which sends through it, has no holder any more.
+
+    Whoever sends a request holds the client, so none is closed under one. In a forked child
+    nothing is closed that the parent goes on using.
+    """
+    weakref.finalize(client, _let_go, http, loop, os.getpid())
+
+
+def _let_go(http: HttpClient, loop: weakref.ref[Loop] | None, process: int) -> None:
+    """Do what `close_with` promises; takes no lock, since the collector may call it anywhere."""
+    if os.getpid() == process:
+        close_from_anywhere(http, loop)
+
+
+def close_from_anywhere(http: HttpClient, loop: weakref.ref[Loop] | None) -> None:
+    """Close `http` on its loop when that runs next, or here and now if it is closed; never raises.
+
+    An async client of which nobody knows the loop stays as it is.
+    """
+    if is_sync(http):
+        abandon(http)
+    elif loop is not None:
+        living = loop()
+        if living is None or living.is_closed():
+            abandon(http)
+        else:
+            with contextlib.suppress(RuntimeError):  # it has just ended, and been cleaned up after
+                living.call_soon_threadsafe(_close_soon, http, living)
+
+
+_closing: set[asyncio.Task[None]] = set()  # the loop itself holds its tasks weakly
+
+
+def _close_soon(http: HttpClient, loop: Loop) -> None:
+    task = loop.create_task(close(http))
+    _closing.add(task)
+    task.add_done_callback(_closing.discard)
+
+
+def _connections(http: HttpClient) -> Iterator[Any]:
     """Yield the asyncio transports of `http`."""
     for transport in _transports(http):
         connector = _connector(transport)
@@ -75,7 +134,7 @@ def _connections(http: httpx.AsyncClient) -> Iterator[Any]:
                     yield protocol.transport
 
 
-def _transports(http: httpx.AsyncClient) -> Iterator[Any]:
+def _transports(http: HttpClient) -> Iterator[Any]:
     yield http._transport  # noqa: SLF001  # there is no other way to the connections
     yield from (mount for mount in http._mounts.values() if mount is not None)  # noqa: SLF001
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import heapq
 import os
 import sys
 import threading
@@ -19,15 +18,16 @@ import weakref
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-from dspy_resilient.providers import closing
+from dspy_resilient.providers import cached, closing
+from dspy_resilient.providers.leases import count_uses
 from dspy_resilient.providers.perloop import Reports, unshare
+from dspy_resilient.providers.texts import keep_clients
 
 if TYPE_CHECKING:
-    import httpx
+    from dspy_resilient.providers.closing import HttpClient
 
 Loop = asyncio.AbstractEventLoop
 
-_CACHE = "in_memory_llm_clients_cache"
 _TURNS = 20
 _TURN = 0.005
 
@@ -99,11 +99,12 @@ class _Loops:
         The child must neither send on those connections nor close them: the parent goes on using
         them. Nor may the collector get at them.
         """
-        litellm = _litellm()
-        if _CACHE in litellm:
-            self._inherited.append(dict(litellm[_CACHE].cache_dict))
-            litellm[_CACHE].flush_cache()
-        self._inherited.append(litellm.pop("module_level_client", None))  # made again when named
+        clients = cached.cache()
+        if clients is not None:
+            self._inherited.append(dict(clients.cache_dict))
+            clients.flush_cache()
+        made = cached.made_so_far()
+        self._inherited.append(made.pop("module_level_client", None))  # made again when named
         self._inherited.append(self._tended)
         self._begin()
 
@@ -136,49 +137,24 @@ async def _close_clients(loop: Loop) -> None:
         await asyncio.sleep(_TURN)
 
 
-def _take_clients(loop: Loop, *, busy: bool) -> list[httpx.AsyncClient]:
+def _take_clients(loop: Loop, *, busy: bool) -> list[HttpClient]:
     """Take the clients of `loop` out of LiteLLM's cache; those in use as well, if `busy`."""
     taken = []
     for key, http in _clients(loop):
         if busy or not closing.is_busy(http):
-            _forget(key)
+            cached.forget(key)
             taken.append(http)
     return taken
 
 
-def _clients(loop: Loop) -> list[tuple[str, httpx.AsyncClient]]:
-    cache = _litellm().get(_CACHE)
+def _clients(loop: Loop) -> list[tuple[str, HttpClient]]:
     mark = f"-{id(loop)}"
     found = []
-    for key, client in [] if cache is None else list(cache.cache_dict.items()):
+    for key, client in cached.entries():
         http = closing.http_client_of(client) if key.endswith(mark) else None
-        if http is not None and not _is_lent(cache, client, http):
+        if http is not None and not cached.is_lent(client, http):
             found.append((key, http))
     return found
-
-
-def _litellm() -> dict[str, Any]:
-    """Return what LiteLLM has made so far; never imports, loads or makes anything."""
-    litellm = sys.modules.get("litellm")
-    return {} if litellm is None else object.__getattribute__(litellm, "__dict__")
-
-
-def _is_lent(cache: Any, client: Any, http: httpx.AsyncClient) -> bool:
-    """Whether a caller made `client`, or what it sends through; that is not ours to close."""
-    is_litellms = getattr(getattr(cache, "evicted_client_closer", None), "_is_owned", None)
-    if is_litellms is None:  # a LiteLLM that does not keep account
-        return http is _litellm().get("aclient_session")
-    return not is_litellms(client)
-
-
-def _forget(key: str) -> None:
-    """Remove an entry of LiteLLM's cache, unlike `delete_cache` without a trace."""
-    cache = _litellm()[_CACHE]
-    cache.cache_dict.pop(key, None)
-    expiry = cache.ttl_dict.pop(key, None)
-    with contextlib.suppress(ValueError):
-        cache.expiration_heap.remove((expiry, key))
-        heapq.heapify(cache.expiration_heap)
 
 
 _loops = _Loops()
@@ -198,6 +174,8 @@ async def tend() -> None:
 
 
 def prepare(litellm: Any) -> None:
-    """Have LiteLLM keep apart what belongs to different loops, wherever we `tend` to them."""
+    """Have LiteLLM keep apart what belongs to different loops, and keep what it would drop."""
     with contextlib.suppress(ImportError, AttributeError):  # another LiteLLM may not need it
         unshare(litellm, _loops.reports)
+        count_uses(litellm.in_memory_llm_clients_cache)
+        keep_clients(litellm.main)

@@ -35,6 +35,7 @@ from dspy_resilient.providers.evidence import (
     read_event,
 )
 from dspy_resilient.providers.hook import Hook
+from dspy_resilient.providers.leases import Connections
 
 OnFailure = Callable[[Evidence], None]
 OnOutcome = Callable[[Evidence, bool], None]
@@ -218,7 +219,10 @@ def observe(on_failure: OnFailure) -> Sighting:
 
 @contextmanager
 def watch(
-    on_failure: OnFailure, by_keywords: bool = True, keywords: Mapping[str, Any] | None = None
+    on_failure: OnFailure,
+    by_keywords: bool = True,
+    keywords: Mapping[str, Any] | None = None,
+    connections: Connections | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Watch the attempt that runs in the block; the value is what to add to its keywords.
 
@@ -228,22 +232,20 @@ def watch(
             are none to add, LiteLLM is not imported, and what fails in this context, untagged, is
             taken for the attempt.
         keywords: As for `Sighting.tags`.
+        connections: Whose provider clients the attempt uses.
     """
-    if by_keywords:
-        sighting = observe(on_failure)
-        try:
-            yield sighting.tags(keywords)
-        finally:
-            sighting.close()
-        return
-    if loaded():
+    if by_keywords or loaded():
         ensure_registered()
     sighting = _observer.sight(on_failure)
-    token = _untagged.set(sighting)
+    token = None if by_keywords else _untagged.set(sighting)
+    use = None if connections is None else connections.use()
     try:
-        yield {}
+        yield sighting.tags(keywords) if by_keywords else {}
     finally:
-        _untagged.reset(token)
+        if use is not None:
+            use.end()
+        if token is not None:
+            _untagged.reset(token)
         sighting.close()
 
 
