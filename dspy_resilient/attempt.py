@@ -246,12 +246,11 @@ class Attempt:
         return Answer.of(outputs, self._record, target=self._route.label, stored_at=self._clock())
 
     def succeed(self) -> None:
-        """Report the answer to circuit, gate, budget and limits."""
+        """Report the answer to circuit, gate and limits."""
         self.seconds = self._clock() - self._started
         self.target.runtime.tally.time(self.seconds)
         self._admission.answered()
         self._passage.answered()
-        self._route.budget.refund()
         if self._slot is not None:
             self._slot.leave(tokens=_tokens(self.record), slow=self._route.is_slow(self.seconds))
 

@@ -150,10 +150,11 @@ class Call:
 
 @dataclass(slots=True, eq=False, repr=False)
 class _Turn:
-    """One target's share of a call: attempts used, and how the last one ended."""
+    """One target's share of a call: attempts used, whether retries were, and how the last ended."""
 
     target: Target
     used: int = 0
+    retried: bool = False
     error: Exception | None = None
     final: bool = False
 
@@ -402,6 +403,7 @@ def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[S
                 raise
             failure = error
         else:
+            route.budget.refund(retried=turn.retried)
             return _take(call, client, attempt, answer)
         _note_failure(call, client, attempt, verdict, failure)
         if lead is not None and (landed := lead.landed) is not None:
@@ -487,6 +489,7 @@ def _pause(call: Call, client: Runtime, turn: _Turn, route: Route, failure: Exce
     wait = client.backoff(max(turn.used - 1, 0))
     if wait >= call.left(client.clock()) or not route.budget.take():
         raise failure
+    turn.retried = True
     client.tally.add("retries")
     client.emit(
         RetryScheduled,

@@ -155,7 +155,13 @@ class Machine:
         error: str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        """Open for as long as this opening in a row deserves, `retry_after` being the least."""
+        """Open for as long as this opening in a row deserves, `retry_after` being the least.
+
+        After a probe was answered it is for no longer than last time: a provider that answers now
+        and then is not the same as one that is gone.
+        """
+        if self._successes:
+            self.openings = max(0, self.openings - 1)
         seconds = max(self._open_time(self.held(now)), self._floor(retry_after))
         self.refuse(now, CircuitState.OPEN, seconds, reason, error)
         self.openings += 1

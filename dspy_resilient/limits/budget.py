@@ -10,11 +10,11 @@ from dspy_resilient.fork import renew_after_fork
 class RetryBudget:
     """Retry tokens shared by all calls to one target, so that an outage is not multiplied.
 
-    While the target is well, retries are rare and the budget stays full. In an outage every retry
-    takes more than any success brings in, so after `tokens / retry_cost` retries (35 by default)
-    calls fail at their first attempt until successes have paid for another retry. The figures are
-    those of the retry quota in the "standard" mode of the AWS SDKs; a success that needed a retry
-    returns nothing here.
+    While most retries help, what they cost comes back and the budget stays full, even at a target
+    that fails one request in five at random. In an outage nothing comes back, so after
+    `tokens / retry_cost` retries (35 by default) calls fail at their first attempt until successes
+    have paid for another retry. Figures and rules are those of the retry quota in the "standard"
+    mode of the AWS SDKs.
 
     Thread safe; never blocks for longer than an addition takes.
     """
@@ -25,7 +25,7 @@ class RetryBudget:
         Args:
             tokens: Most tokens it holds; 0 means no retries at all.
             retry_cost: Tokens that one retry takes.
-            refund: Tokens that one clean success returns.
+            refund: Tokens that one clean success (of a first attempt) returns.
         """
         self._most = tokens
         self._cost = retry_cost
@@ -47,12 +47,13 @@ class RetryBudget:
             self._level -= self._cost
             return True
 
-    def refund(self) -> None:
-        """Record a clean success: one that needed no retry."""
+    def refund(self, *, retried: bool = False) -> None:
+        """Record a success; the one of a retry returns what that retry took."""
         if self._level >= self._most:  # the common case takes no lock
             return
+        returned = self._cost if retried else self._refund
         with self._lock:
-            self._level = min(self._most, self._level + self._refund)
+            self._level = min(self._most, self._level + returned)
 
     def renew(self) -> None:
         """Replace the lock (after a fork); the level stays."""

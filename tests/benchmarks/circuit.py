@@ -134,7 +134,7 @@ def main() -> None:
     }
     compare("closed, one thread", passing)
     compare("closed, 8 threads", passing, threads=8)
-    policy = CircuitPolicy(recovery_time=300.0)
+    policy = CircuitPolicy(recovery_time=240.0)
     refusing = {
         "circuitbreaker, decorated, error raised": refused_with_error(
             opened(circuitbreaker.CircuitBreaker(recovery_timeout=300))

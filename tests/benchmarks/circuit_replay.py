@@ -2,15 +2,21 @@
 
     python tests/benchmarks/circuit_replay.py
 
-A history is half an hour of health, an outage, and half an hour of health, with a call every so
-often, each known to fail or not. Every circuit sees the same calls; the ones it refuses are lost
-to it, as in life. Three figures, over all histories:
+A history is half an hour of health, an outage of minutes to hours, and half an hour of health, with
+a call every so often, each known to fail or not. Every circuit sees the same calls; the ones it
+refuses are lost to it, as in life. Three figures, over all histories:
 
     spared    share of the failing calls that were refused (more is better)
     refused   share of the good calls that were refused (less is better)
     late      seconds from the end of the outage to the first good answer: mean and worst
 
 `circuitbreaker` opens on 5 failures in a row, for a fixed time, and closes on one success.
+
+Of an outage in which 30 % of the calls fail at random, the next call cannot be told: whoever spares
+one failing call there refuses two good ones. That is why no setting is best in all: along the
+frontier one figure is traded for another. The default lies where it is ahead of 300 s in all three,
+and the table varies one field at a time from there. What it means for calls that wait for an open circuit is
+tried in `circuit_waiting.py`.
 """
 
 from __future__ import annotations
@@ -32,9 +38,15 @@ FAILING = (0.3, 0.7, 1.0)
 MINUTES = (2, 10, 60, 180)
 GAPS = (1.0, 5.0, 20.0, 60.0)
 
-FIRST = (5.0, 15.0)
-LONGEST = (60.0, 150.0, 300.0)
-BACKOFF = (1.5, 2.0, 3.0)
+VARIED = {
+    "failure_threshold": (4, 5, 6),
+    "failure_rate": (0.3, 0.35, 0.4, 0.5),
+    "window": (10.0, 20.0, 30.0, 60.0),
+    "recovery_time": (1.0, 3.0, 5.0, 15.0),
+    "backoff": (2.0, 3.0, 4.0),
+    "max_recovery_time": (120.0, 180.0, 240.0, 300.0),
+    "successes_to_close": (1, 2, 3),
+}
 
 
 @dataclasses.dataclass
@@ -97,11 +109,12 @@ class Stock:
         return True
 
 
-def histories(seeds: int = 3) -> list[History]:
+def histories(seeds: int = 8) -> list[History]:
     made = []
     for seed, failing, minutes, gap in product(range(seeds), FAILING, MINUTES, GAPS):
         rng = random.Random(f"{seed} {failing} {minutes} {gap}")
-        begins, ends = HEALTH, HEALTH + 60 * minutes
+        begins = HEALTH
+        ends = begins + 60 * minutes * rng.uniform(0.7, 1.4)
         now, calls = 0.0, []
         while now < ends + HEALTH:
             now += rng.uniform(0.5, 1.5) * gap
@@ -136,23 +149,17 @@ def main() -> None:
     past = histories()
     print(f"{len(past)} histories, {sum(len(h.calls) for h in past):,} calls\n")
     print(f"{'':44}{'spared':>9} {'refused':>9} {'late':>9} {'worst':>9}")
-    stock = {recovery: replay(lambda: Stock(recovery), past) for recovery in (60.0, 300.0)}  # noqa: B023
+    stock = {recovery: replay(lambda: Stock(recovery), past) for recovery in (30.0, 60.0, 300.0)}  # noqa: B023
     for recovery, figures in stock.items():
         print(f"{f'circuitbreaker, recovery {recovery:g} s':44}{figures}")
-    for threshold, successes in ((5, 2), (4, 3)):
-        print(f"\nfailure_threshold={threshold}, successes_to_close={successes}")
-        for first, longest, backoff in product(FIRST, LONGEST, BACKOFF):
-            policy = CircuitPolicy(
-                failure_threshold=threshold,
-                successes_to_close=successes,
-                recovery_time=first,
-                max_recovery_time=longest,
-                backoff=backoff,
-            )
+    print(f"{'the default':44}{replay(lambda: Ours(CircuitPolicy()), past)}\n")
+    for name, values in VARIED.items():
+        for value in values:
+            policy = dataclasses.replace(CircuitPolicy(), **{name: value})
             figures = replay(lambda: Ours(policy), past)  # noqa: B023
-            label = f"recovery {first:g} s, max {longest:g} s, backoff {backoff:g}"
-            label = f"{label} (default)" if policy == CircuitPolicy() else label
-            print(f"{label:44}{figures}{'  beats 300 s' if figures.beats(stock[300.0]) else ''}")
+            mark = "  beats 300 s" if figures.beats(stock[300.0]) else ""
+            is_default = " (default)" if policy == CircuitPolicy() else ""
+            print(f"{f'{name}={value:g}{is_default}':44}{figures}{mark}")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,8 @@ class Model:
         return min(policy.max_recovery_time, policy.recovery_time * policy.backoff**openings)
 
     def open(self, now, draw, hint):
+        if self.successes:
+            self.openings = max(0, self.openings - 1)
         self.become("open", now)
         spread = 1 + self.policy.jitter * (2 * draw - 1)
         floor = min(hint or 0, self.policy.max_recovery_time)

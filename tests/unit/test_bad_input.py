@@ -46,7 +46,7 @@ NUMBERS = [
     (CircuitPolicy, "slow_rate", LEAST, 1.0, False, False),
     (CircuitPolicy, "recovery_time", LEAST, None, False, False),
     (CircuitPolicy, "backoff", 1.0, None, False, False),
-    (CircuitPolicy, "max_recovery_time", 5.0, None, False, False),
+    (CircuitPolicy, "max_recovery_time", 3.0, None, False, False),
     (CircuitPolicy, "jitter", 0.0, 0.99, False, False),
     (CircuitPolicy, "probes", 1, None, True, False),
     (CircuitPolicy, "successes_to_close", 1, None, True, False),

@@ -15,6 +15,15 @@ from dspy_resilient.testing import Clock
 
 SECRET = "sk-abc123DEF456ghi789"
 
+# Round numbers, easier to follow than the defaults.
+ROUND = {
+    "window": 60.0,
+    "failure_rate": 0.5,
+    "recovery_time": 5.0,
+    "backoff": 2.0,
+    "max_recovery_time": 300.0,
+}
+
 
 @pytest.fixture
 def clock():
@@ -27,7 +36,7 @@ def make(clock):
 
     def build(*, random=lambda: 0.5, listener=None, client="", **policy):
         return CircuitBreaker(
-            CircuitPolicy(**policy), name="c", clock=clock, random=random, listener=listener,
+            CircuitPolicy(**{**ROUND, **policy}), name="c", clock=clock, random=random, listener=listener,
             client=client,
         )  # fmt: skip
 
@@ -298,6 +307,22 @@ def test_openings_are_forgiven_while_closed(make, clock):
     assert open_for(breaker, clock) == 20
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_reopening_after_an_answered_probe_is_no_longer_than_before(make, clock, slow):
+    """A provider that answers now and then is not gone: only failure upon failure adds (R23)."""
+    breaker = make(slow_call=2.0 if slow else None, successes_to_close=2)
+    open_for(breaker, clock)
+    assert reopen(breaker, clock) == 10
+    for _ in range(5):
+        clock.advance(breaker.open_remaining)
+        succeed(breaker)
+        permit = breaker.admit()
+        clock.advance(2)
+        permit.success() if slow else permit.failure()
+        assert breaker.open_remaining == 10
+    assert reopen(breaker, clock) == 20
+
+
 def test_a_lucky_probe_forgives_nothing(make, clock):
     """A circuit that closes and fails again at once goes on where it was (R23)."""
     breaker = make()
@@ -397,13 +422,22 @@ def test_closed_again_starts_with_an_empty_window(make, clock):
 
 
 def test_failed_probe_reopens_for_longer(make, clock):
-    """One failure in half-open is enough, whatever succeeded before (R24)."""
+    """One failure in half-open is enough (R24)."""
     breaker = make()
     open_for(breaker, clock)
     clock.advance(5)
-    succeed(breaker)
     fail(breaker)
     assert breaker.open_remaining == 10
+
+
+def test_one_failed_probe_outweighs_the_successes_before_it(make, clock):
+    """Only successes without a failure among them close it (R24)."""
+    breaker = make(successes_to_close=3)
+    open_for(breaker, clock)
+    clock.advance(5)
+    succeed(breaker, 2)
+    fail(breaker)
+    assert breaker.state == "open"
 
 
 def test_slow_probe_reopens(make, clock):

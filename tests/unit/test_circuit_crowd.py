@@ -171,7 +171,7 @@ def test_one_permit_reported_by_many_counts_once(crowd):
 
 def test_results_from_before_the_trip_change_nothing(crowd, clock):
     """Calls that end after the circuit opened neither close nor prolong it (R21, M4, M5)."""
-    breaker = CircuitBreaker(CircuitPolicy(jitter=0.0), clock=clock)
+    breaker = CircuitBreaker(CircuitPolicy(jitter=0.0, recovery_time=5.0), clock=clock)
     inside = Meeting(31)
     tripped = Future()
 
@@ -319,7 +319,7 @@ def test_nobody_waits_for_a_closed_circuit():
 
 def test_waiter_of_an_open_circuit_waits_its_time(clock):
     """The open time is exact, and its end needs no call (R27)."""
-    breaker = CircuitBreaker(CircuitPolicy(jitter=0.0), clock=clock)
+    breaker = CircuitBreaker(CircuitPolicy(jitter=0.0, recovery_time=5.0), clock=clock)
     breaker.trip()
     waiter = breaker.enlist()
     assert not waiter.done()
@@ -526,7 +526,7 @@ def test_nothing_wears_out(crowd):
 @pytest.mark.parametrize("held", [False, True])
 def test_child_of_a_fork_goes_on(state, held):
     """A lock that another thread held at the fork, a probe and a waiter stay behind (R8)."""
-    breaker = CircuitBreaker(CircuitPolicy(recovery_time=300.0, successes_to_close=1))
+    breaker = CircuitBreaker(CircuitPolicy(recovery_time=200.0, successes_to_close=1))
     if state != "closed":
         breaker.trip()
     if state == "half_open":

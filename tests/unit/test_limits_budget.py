@@ -31,6 +31,15 @@ def test_clean_successes_buy_retries_back():
     assert budget.take()
 
 
+def test_a_retry_that_is_answered_costs_nothing():
+    """What it took comes back with the answer: retries that help are never used up (R50)."""
+    budget = RetryBudget(tokens=14)
+    for _ in range(100):
+        assert budget.take()
+        budget.refund(retried=True)
+    assert budget.level == 14
+
+
 def test_successes_save_no_more_than_the_budget():
     """A long good time buys no storm: the level never exceeds the budget (R50)."""
     budget = RetryBudget(tokens=20, retry_cost=14, refund=9)
