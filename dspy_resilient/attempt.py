@@ -95,6 +95,7 @@ class Attempt:
 
     Attributes:
         target: Where it goes.
+        route: The way it takes there.
         call: Which call it belongs to.
         limit: Seconds it may take (what is left until the deadline), or inf.
         emitted: Whether a chunk has reached the consumer of a stream.
@@ -111,9 +112,9 @@ class Attempt:
         slot: Slot | None,
     ) -> None:
         self.target = target
+        self.route = route
         self.call = call
         self.seconds = 0.0
-        self._route = route
         self._admission = admission
         self._passage = passage
         self._slot = slot
@@ -130,7 +131,7 @@ class Attempt:
     @property
     def label(self) -> str:
         """Return the route's label."""
-        return self._route.label
+        return self.route.label
 
     @property
     def probe(self) -> bool:
@@ -243,7 +244,7 @@ class Attempt:
             raise dspy.LMServerError(
                 "the provider answered without a single choice", model=self.target.lm.model
             )
-        return Answer.of(outputs, self._record, target=self._route.label, stored_at=self._clock())
+        return Answer.of(outputs, self._record, target=self.route.label, stored_at=self._clock())
 
     def succeed(self) -> None:
         """Report the answer to circuit, gate and limits."""
@@ -252,7 +253,7 @@ class Attempt:
         self._admission.answered()
         self._passage.answered()
         if self._slot is not None:
-            self._slot.leave(tokens=_tokens(self.record), slow=self._route.is_slow(self.seconds))
+            self._slot.leave(tokens=_tokens(self.record), slow=self.route.is_slow(self.seconds))
 
     def settle(self, error: BaseException) -> Verdict:
         """Return the verdict on `error`, reporting it the first time; later calls change nothing.
@@ -321,7 +322,7 @@ class Attempt:
         name = self.target.runtime.name
         return DeadlineExceededError(
             f"client {name!r}: no answer within the deadline of {self.call.budget:g} s; "
-            f"{self._route.label} was still being waited for",
+            f"{self.route.label} was still being waited for",
             client=name,
         )
 

@@ -22,8 +22,9 @@ from dspy_resilient.errors import (
     AllTargetsFailedError,
     CallRejectedError,
     CircuitOpenError,
-    ClientClosedError,
     DeadlineExceededError,
+    ResilienceError,
+    RestartLimitError,
     ThrottledError,
 )
 from dspy_resilient.events import (
@@ -34,6 +35,7 @@ from dspy_resilient.events import (
     FlightJoined,
     RetryScheduled,
 )
+from dspy_resilient.supervision import broke_state
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping
@@ -42,11 +44,13 @@ if TYPE_CHECKING:
     from dspy_resilient.cache import Answer, Lead
     from dspy_resilient.circuit import CircuitBreaker, GatePass, ThrottleGate
     from dspy_resilient.limits import Slot
-    from dspy_resilient.route import Route
+    from dspy_resilient.route import Route, Routes
     from dspy_resilient.runtime import Runtime
     from dspy_resilient.target import Target
 
 T = TypeVar("T")
+R = TypeVar("R", bound=ResilienceError)
+_EXCUSES = (CircuitOpenError, ThrottledError, RestartLimitError, AllTargetsFailedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,7 @@ class Call:
     deadline: float = math.inf
     patience: float | None = None
     filtered: Answer | None = None
+    sent: Attempt | None = None
     attempts: list[AttemptSummary] = field(default_factory=list)
 
     def recorded(self) -> dict[str, Any]:
@@ -157,12 +162,12 @@ class _Turn:
     retried: bool = False
     error: Exception | None = None
     final: bool = False
+    mended: bool = False
 
 
 def complete(call: Call, client: Runtime) -> Steps[Served]:
     """Answer `call`: from the cache, from an identical call under way, or from a target."""
-    if client.closed:
-        raise ClientClosedError(f"client {client.name!r} is closed", client=client.name)
+    client.check_open()
     if call.key is not None and (hit := client.cache.get(call.key)) is not None:
         _announce_hit(client, hit)
         return Served(hit, hit=True)
@@ -170,9 +175,7 @@ def complete(call: Call, client: Runtime) -> Steps[Served]:
         yield Prepare()
     call.deadline = client.clock() + call.budget
     try:
-        if call.key is None or call.streams:
-            return (yield from _ask_all(call, client, None))
-        return (yield from _share(call, client, call.key))
+        return (yield from _supervise(call, client))
     except Exception as error:
         if call.key is not None and _excuses_stale(error):
             stale = client.cache.get_stale(call.key)
@@ -184,6 +187,36 @@ def complete(call: Call, client: Runtime) -> Steps[Served]:
         raise
 
 
+def _supervise(call: Call, client: Runtime) -> Steps[Served]:
+    """Answer the call; once more if our own state breaks under it and nothing was emitted (R60)."""
+    seen = client.routes.supervisor.generation
+    try:
+        return (yield from _answer(call, client))
+    except Exception as error:
+        if not broke_state(error):
+            raise
+        _mend(client, client.routes, seen, error)
+        if call.sent is not None and call.sent.emitted:
+            raise
+    return (yield from _answer(call, client))
+
+
+def _mend(
+    client: Runtime, routes: Routes, seen: int, error: Exception, target: str | None = None
+) -> None:
+    """Restart the client because of `error`, unless it happens too often."""
+    try:
+        client.mend(routes, seen, error, target)
+    except RestartLimitError as limit:
+        raise limit from error
+
+
+def _answer(call: Call, client: Runtime) -> Steps[Served]:
+    if call.key is None or call.streams:
+        return (yield from _ask_all(call, client, None))
+    return (yield from _share(call, client, call.key))
+
+
 def _announce_hit(client: Runtime, hit: Answer, *, stale: bool = False) -> None:
     if client.is_heard:
         now = client.clock()
@@ -192,10 +225,10 @@ def _announce_hit(client: Runtime, hit: Answer, *, stale: bool = False) -> None:
 
 def _excuses_stale(error: Exception) -> bool:
     verdict = getattr(error, "verdict", None)
-    return isinstance(error, (CircuitOpenError, ThrottledError, AllTargetsFailedError)) or (
+    return isinstance(error, _EXCUSES) or (
         verdict is not None
         and verdict.next_target
-        and verdict.kind in (Kind.FAILURE, Kind.TIMEOUT, Kind.THROTTLED)
+        and verdict.kind in (Kind.FAILURE, Kind.TIMEOUT, Kind.THROTTLED, Kind.BROKEN)
     )
 
 
@@ -228,13 +261,13 @@ def _share(call: Call, client: Runtime, key: str) -> Steps[Served]:
             served = Served(answer, hit=True)
         else:
             served = yield from _ask_all(call, client, lead)
+        lead.land(served.answer)
     except BaseException as error:
         if _is_the_providers(error):
             lead.fail(error)
         else:
             lead.abandon()
         raise
-    lead.land(served.answer)
     return served
 
 
@@ -247,6 +280,7 @@ def _is_the_providers(error: BaseException) -> bool:
         Kind.TIMEOUT,
         Kind.CANCELLED,
         Kind.REJECTED,
+        Kind.BROKEN,
         Kind.LOCAL,
     )
 
@@ -323,7 +357,7 @@ def _ask_targets(
 
 def _leads_on(error: Exception, kept_for: Kind | None) -> bool:
     """Whether the next target may do better; those kept for one kind of error go on at it too."""
-    if isinstance(error, CallRejectedError):
+    if isinstance(error, (CallRejectedError, RestartLimitError)):
         return True
     verdict = getattr(error, "verdict", None)
     return verdict is not None and (
@@ -392,7 +426,8 @@ def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[S
     target = turn.target
     route = target.route(call)
     while True:
-        attempt = yield from _clear_the_way(call, client, target, route)
+        seen = target.routes.supervisor.generation
+        call.sent = attempt = yield from _clear_the_way(call, client, target, route)
         if lead is not None:
             lead.sent()
         try:
@@ -408,14 +443,33 @@ def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[S
         _note_failure(call, client, attempt, verdict, failure)
         if lead is not None and (landed := lead.landed) is not None:
             return Served(landed, hit=True)
-        if not verdict.retry:
+        yield from _make_ready(call, client, turn, attempt, seen, verdict, failure)
+
+
+def _make_ready(
+    call: Call,
+    client: Runtime,
+    turn: _Turn,
+    attempt: Attempt,
+    seen: int,
+    verdict: Verdict,
+    failure: Exception,
+) -> Steps[None]:
+    """Do what has to be done before the next attempt on this target; raise if there is none."""
+    route = attempt.route
+    if verdict.kind is Kind.BROKEN:
+        _mend(client, turn.target.routes, seen, failure, route.label)
+        if attempt.emitted or turn.mended:
             raise failure
-        if verdict.kind is Kind.THROTTLED:
-            _check_throttle(call, client, route, failure)
-        else:
-            if not (attempt.probe and call.has_patience(client.clock(), 0.0)):
-                turn.used += 1
-            yield Wait(None, _pause(call, client, turn, route, failure))
+        turn.mended = True
+    elif not verdict.retry:
+        raise failure
+    elif verdict.kind is Kind.THROTTLED:
+        _check_throttle(call, client, route, failure)
+    else:
+        if not (attempt.probe and call.has_patience(client.clock(), 0.0)):
+            turn.used += 1
+        yield Wait(None, _pause(call, client, turn, route, failure))
 
 
 def _take(call: Call, client: Runtime, attempt: Attempt, answer: Answer) -> Served:
@@ -431,6 +485,9 @@ def _take(call: Call, client: Runtime, attempt: Attempt, answer: Answer) -> Serv
 
 def _clear_the_way(call: Call, client: Runtime, target: Target, route: Route) -> Steps[Attempt]:
     """Gate, then limits, then circuit: what waits comes first, so that no permit waits (R11)."""
+    refusal = target.routes.supervisor.refusal()
+    if refusal is not None:
+        raise _rejected(client, route, refusal)
     lease = target.timeout(call) or 0.0
     passage = yield from _pass_gate(call, client, route, lease)
     slot = yield from _take_slot(call, client, target, route, passage)
@@ -525,18 +582,20 @@ def _take_slot(
     call: Call, client: Runtime, target: Target, route: Route, passage: GatePass
 ) -> Steps[Slot | None]:
     """Queue for a place among the target's concurrent attempts and for its rate budget (R53)."""
-    if route.limiter is None:
-        return None
+    slot: Slot | None = None
     try:
-        slot = route.limiter.enter(target.estimate(call))
+        while (limiter := route.limiter) is not None:
+            slot = limiter.enter(target.estimate(call))
+            while not slot.granted and limiter is route.limiter:
+                yield Wait(slot.future, min(slot.wait_time(), call.left(client.clock())))
+                if not slot.poll():
+                    _check_deadline(call, client)
+            if slot.granted:
+                break
+            slot.leave(sent=False)  # the client was restarted: queue anew
     except CallRejectedError as error:
         passage.release()
         raise _rejected(client, route, error) from None
-    try:
-        while not slot.granted:
-            yield Wait(slot.future, min(slot.wait_time(), call.left(client.clock())))
-            if not slot.poll():
-                _check_deadline(call, client)
     except BaseException:
         _release(passage, slot)
         raise
@@ -549,7 +608,7 @@ def _release(passage: GatePass, slot: Slot | None) -> None:
         slot.leave(sent=False)
 
 
-def _rejected(client: Runtime, target: Route, error: CallRejectedError) -> CallRejectedError:
+def _rejected(client: Runtime, target: Route, error: R) -> R:
     client.tally.add(f"refused:{error.default_code}")
     if client.is_heard:
         client.emit(

@@ -13,6 +13,7 @@
     CircuitOpened      a circuit leaves the provider alone                               warning
     CircuitHalfOpened  a circuit lets probes through                                     info
     CircuitClosed      a circuit lets everything through again                           info
+    ClientRestarted    what was broken on our side has been replaced                     warning
 
 A listener (`ResilientLM(on_event=...)`) hears all of them, in order. The logger `dspy_resilient`
 gets one line for each change of state: the event's name and facts, which are in the record's
@@ -150,10 +151,20 @@ class WaitStarted(Event):
     ends: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientRestarted(Event):
+    """A client was restarted to a clean state, because of `error` or because somebody asked."""
+
+    error: str | None = None
+
+
 Listener = Callable[[Event], object]
 
 # What is worth a line in the log: what changes for every call to come, not what one call met.
-_STATE_CHANGES = (CircuitOpened, CircuitHalfOpened, CircuitClosed, Throttled, WaitStarted)
+_STATE_CHANGES = (
+    *(CircuitOpened, CircuitHalfOpened, CircuitClosed),
+    *(Throttled, WaitStarted, ClientRestarted),
+)
 _BASE = {f.name for f in fields(Event)}
 _KEEPING = (logging.FileHandler, logging.NullHandler)
 

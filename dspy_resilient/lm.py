@@ -533,6 +533,19 @@ class ResilientLM(dspy.LM):
         """Close the circuits, open the gates, and set the numbers to zero; the cache stays."""
         self._runtime.reset()
 
+    def restart(self) -> None:
+        """Start over: new HTTP clients, clean limits, an empty in-flight table, no break on record.
+
+        Does by hand what a break does by itself, and lifts a RestartLimitError. Circuits, cache and
+        numbers stay. Calls under way go on with what they have; who waits behind one of them gets
+        its answer.
+
+        Raises:
+            ClientClosedError: The client was closed.
+        """
+        self._runtime.check_open()
+        self._runtime.restart()
+
     def close(self) -> None:
         """Refuse further calls and release what this client owns; copies are the same client."""
         self._runtime.close()

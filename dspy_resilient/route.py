@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import cachetools
@@ -18,9 +19,10 @@ import cachetools
 from dspy_resilient import providers
 from dspy_resilient.circuit import Kind, Outcome, classify, redacted
 from dspy_resilient.fork import renew_after_fork
-from dspy_resilient.limits import Limiter, RetryBudget
+from dspy_resilient.limits import RetryBudget
 from dspy_resilient.observe.latency import duration
 from dspy_resilient.redact import redact
+from dspy_resilient.supervision import Supervisor
 
 if TYPE_CHECKING:
     from dspy_resilient.circuit import CircuitBreaker, Permit, Verdict
@@ -89,11 +91,7 @@ class Route:
         self.budget = budget
         self.access: CircuitBreaker | None = None
         self.gate = runtime.new_gate(label)
-        self.limiter = (
-            Limiter(runtime.limits, clock=runtime.clock, client=runtime.name, target=label)
-            if runtime.limits is not None
-            else None
-        )
+        self.limiter = runtime.new_limiter(label)
         self._runtime = runtime
         self._way = way
         self._is_to_listen = circuit is not None and circuit.policy.listen == "provider"
@@ -170,6 +168,13 @@ class Route:
         self.access = None
         self.gate.reset()
 
+    def restart(self) -> None:
+        """Replace the limits by clean ones; who waits goes on waiting in them. Circuit and gate stay."""
+        before, self.limiter = self.limiter, self._runtime.new_limiter(self.label)
+        if before is not None:
+            with suppress(Exception):  # it may be what is broken
+                before.disband()
+
     def explain(self) -> str:
         """Return what state this route is in, why, since when, and until when."""
         says = [f"its circuit is {self.blocker().explain()}" if self._is_guarded else "no circuit"]
@@ -198,11 +203,16 @@ class Route:
 
 
 class Routes:
-    """The routes of one client, made when first used; the least recently used go (R26)."""
+    """The routes of one client, made when first used; the least recently used go (R26).
+
+    Attributes:
+        supervisor: Counts what breaks on the way along any of them.
+    """
 
     _MOST = 512
 
     def __init__(self, runtime: Runtime, shared: CircuitBreaker | None = None) -> None:
+        self.supervisor = Supervisor(clock=runtime.clock, client=runtime.name)
         self._runtime = runtime
         self._shared = shared
         self.renew()
@@ -244,6 +254,11 @@ class Routes:
         """Bring every route back to its first state; the circuits stay the same objects."""
         for route in self.all():
             route.reset()
+
+    def restart(self) -> None:
+        """Give every route clean limits."""
+        for route in self.all():
+            route.restart()
 
 
 def setting(name: str, lm: Any, kwargs: dict[str, Any]) -> Any:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dspy_resilient import providers
 from dspy_resilient.cache import Flights, ResponseCache, usable
 from dspy_resilient.circuit import CircuitBreaker, ThrottleGate
-from dspy_resilient.events import Event, Hub, WaitStarted, logger, printable
+from dspy_resilient.errors import ClientClosedError
+from dspy_resilient.events import ClientRestarted, Event, Hub, WaitStarted, logger, printable
+from dspy_resilient.limits import Limiter
 from dspy_resilient.observe import LastMinute, Stats, Tally
+from dspy_resilient.observe.latency import duration
 from dspy_resilient.route import Routes
 
 if TYPE_CHECKING:
@@ -73,7 +77,7 @@ class Runtime:
         self._minute = LastMinute()
         self._zero: Stats | None = None
         self.connections = providers.Connections()
-        self.flights = Flights(clock=clock, max_age=options.cache.coalesce_max_age)
+        self.flights = self._new_flights()
         self.cache = ResponseCache(options.cache, clock=clock, folder=folder)
         shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
         self.circuit_policy = shared.policy if shared is not None else options.circuit
@@ -124,6 +128,15 @@ class Runtime:
             ends = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))  # noqa: TID251  # people read it
             reason = "circuit" if isinstance(queue, CircuitBreaker) else "throttled"
             self.emit(WaitStarted, target, reason=reason, seconds=seconds, ends=ends)
+
+    def new_limiter(self, label: str) -> Limiter | None:
+        """Return an empty limiter for the place called `label`, or None if there is no limit."""
+        if self.limits is None:
+            return None
+        return Limiter(self.limits, clock=self.clock, client=self.name, target=label)
+
+    def _new_flights(self) -> Flights:
+        return Flights(clock=self.clock, max_age=self.options.cache.coalesce_max_age)
 
     def emit(self, kind: type[Event], target: str | None = None, **facts: Any) -> None:
         """Tell the listener and the log that something happened."""
@@ -183,6 +196,41 @@ class Runtime:
         self._minute = LastMinute()
         self._zero = self.totals()
 
+    def check_open(self) -> None:
+        """Raise ClientClosedError if the client was closed."""
+        if self.closed:
+            raise ClientClosedError(f"client {self.name!r} is closed", client=self.name)
+
+    def restart(self) -> None:
+        """Start over with new connections, clean limits and in-flight table, and no break on record."""
+        self.connections.renew()
+        self._start_over(None)
+        self.routes.supervisor.forgive()
+        self.fallback_routes.supervisor.forgive()
+
+    def mend(self, routes: Routes, seen: int, error: Exception, target: str | None = None) -> None:
+        """Restart after a break on one of `routes`, unless that has been done since `seen` (R60).
+
+        Raises:
+            RestartLimitError: That would be too often.
+        """
+        if (
+            seen == routes.supervisor.generation
+        ):  # before the next try of anybody who finds it broken
+            self.connections.renew()
+        with routes.supervisor.restart(seen) as is_due:
+            if is_due:
+                self._start_over(target, error=type(error).__name__)
+
+    def _start_over(self, target: str | None, **facts: Any) -> None:
+        before, self.flights = self.flights, self._new_flights()
+        with suppress(Exception):  # it may be what is broken
+            before.disband()
+        self.routes.restart()
+        self.fallback_routes.restart()
+        self.tally.add("restarts")
+        self.emit(ClientRestarted, target, **facts)
+
     def close(self) -> None:
         """Refuse further calls and release the cache."""
         self.closed = True
@@ -214,7 +262,10 @@ class Runtime:
 
     def explain(self, routes: list[Route]) -> str:
         """Return a line about each of the given routes."""
-        return "\n".join(printable(f"{self.name}: {route.explain()}") for route in routes)
+        lines = [route.explain() for route in routes]
+        if wait := self.routes.supervisor.wait_time():
+            lines.append(f"broke too often and is left alone for {duration(wait)}; see restart().")
+        return "\n".join(printable(f"{self.name}: {line}") for line in lines)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """Return this very runtime: a copy of a client is the same client (R6)."""

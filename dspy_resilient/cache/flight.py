@@ -193,6 +193,19 @@ class Flights:
         self._leaving.append(who)
         self._see_off()
 
+    def disband(self) -> None:
+        """Give each flight that has lost its lead a new one: another table has taken this one's place.
+
+        The leads under way go on and answer those who wait behind them.
+        """
+        with self._lock:
+            lost = [each for each in self._flights.values() if not each.leads]
+            promoted: list[tuple[Waiter, Lead]] = []
+            for flight in lost:
+                self._promote(flight, promoted)
+        for waiter, lead in promoted:
+            waiter.future.set_result(lead)
+
     def renew(self) -> None:
         """Forget, in a forked child, what only its parent has under way."""
         for flight in self._flights.values():
@@ -227,14 +240,19 @@ class Flights:
         flight.leads.remove(who)
         if self._is_worth_waiting_for(flight, self.clock()):
             return
-        heir = next(iter(flight.waiters), None)
-        if heir is not None:
-            del flight.waiters[heir]
-            heir.lead = Lead(self, flight)
-            flight.leads.append(heir.lead)
-            promoted.append((heir, heir.lead))
-        elif not flight.leads:
+        if not self._promote(flight, promoted) and not flight.leads:
             self._end(flight)
+
+    def _promote(self, flight: _Flight, promoted: list[tuple[Waiter, Lead]]) -> bool:
+        """Pass a lead to the one who has waited longest, if anybody waits; the lock is held."""
+        heir = next(iter(flight.waiters), None)
+        if heir is None:
+            return False
+        del flight.waiters[heir]
+        heir.lead = Lead(self, flight)
+        flight.leads.append(heir.lead)
+        promoted.append((heir, heir.lead))
+        return True
 
     def _is_worth_waiting_for(self, flight: _Flight, now: float) -> bool:
         """Whether some attempt is young enough; one that is not sent yet has no age."""

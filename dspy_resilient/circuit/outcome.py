@@ -20,6 +20,7 @@ from dspy_resilient.circuit.causes import Causes
 from dspy_resilient.circuit.hint import WallClock, hint_of, retry_after
 from dspy_resilient.circuit.state import Outcome
 from dspy_resilient.errors import DeadlineExceededError, ResilienceError
+from dspy_resilient.supervision import is_break
 
 __all__ = ["Kind", "Verdict", "classify", "empty_answer", "redacted", "retry_after"]
 
@@ -37,6 +38,7 @@ class Kind(StrEnum):
     POLICY: a content filter refused the prompt.
     REQUEST: the request is at fault, and would be so again.
     REJECTED: we refused; this target was not asked.
+    BROKEN: the means of sending are closed or gone: an HTTP client, an event loop (R60).
     CANCELLED: nobody waits for the answer any more.
     LOCAL: the fault lies in this process.
     """
@@ -51,6 +53,7 @@ class Kind(StrEnum):
     POLICY = "policy"
     REQUEST = "request"
     REJECTED = "rejected"
+    BROKEN = "broken"
     CANCELLED = "cancelled"
     LOCAL = "local"
 
@@ -78,7 +81,7 @@ class Verdict:
 
 
 _AGAIN = frozenset({Kind.FAILURE, Kind.TIMEOUT, Kind.THROTTLED})
-_ELSEWHERE = _AGAIN | {Kind.BILLING, Kind.AUTH, Kind.REJECTED}
+_ELSEWHERE = _AGAIN | {Kind.BILLING, Kind.AUTH, Kind.REJECTED, Kind.BROKEN}
 _SPECIAL = frozenset({Kind.CONTEXT, Kind.POLICY})
 
 # Which class names decide, most telling first. These are certain whatever the status:
@@ -154,6 +157,8 @@ def classify(
     if isinstance(error, ResilienceError) and not isinstance(error, DeadlineExceededError):
         return _verdict(Kind.REJECTED, hint=error.retry_after)
     causes = Causes(error)
+    if causes.wire_status is None and is_break(causes.chain):
+        return _verdict(Kind.BROKEN)
     kind = Kind.LOCAL if handed_off is False else _kind(causes, handed_off=bool(handed_off))
     patience = min(_LONG_ENOUGH, math.inf if timeout is None else timeout)
     failed = kind is Kind.FAILURE or (kind is Kind.TIMEOUT and seconds >= patience)

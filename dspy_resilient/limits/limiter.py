@@ -135,6 +135,15 @@ class Limiter:
         self._departures.append(departure)
         self._settle()
 
+    def disband(self) -> None:
+        """Wake everybody in the queue: another limiter has taken the place of this one."""
+        with self._lock:
+            waiting = [slot for slot in self._queue if slot.future is not RESOLVED]
+            woken = [slot.future for slot in waiting]
+            for slot in waiting:
+                slot.future = RESOLVED
+        self._resolve(woken)
+
     def renew(self) -> None:
         """Start empty, with a full rate budget: what a forked child does."""
         policy = self.policy
@@ -200,6 +209,8 @@ class Limiter:
             del self._queue[slot]
             return
         self._places.in_use -= 1
+        if self._places.in_use < 0:
+            raise RuntimeError("more attempts have ended than were let in")
         if state is State.OFFERED or not sent:
             self._charge(-1, -slot.tokens, now)
             return

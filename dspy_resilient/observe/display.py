@@ -98,6 +98,7 @@ def _rows(stats: Stats) -> Iterator[Row]:
     yield from _some(stats, "retries", "repeated after a pause", of="attempts")
     yield from _some(stats, "rejected", "not sent")
     yield from _parts(stats, "refused")
+    yield from _some(stats, "restarts", "restarts")
     yield from _some(stats, "fallbacks", "went on to a fallback")
     yield from _some(stats, "stored", "answers kept")
     yield from _some(stats, "evicted", "dropped again")

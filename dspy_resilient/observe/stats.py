@@ -74,8 +74,9 @@ class Stats:
         failures: Attempts that ended without an answer.
         failed: The same by kind of failure.
         retries: Attempts repeated after a pause.
-        rejected: Times a circuit, gate or limit refused to send.
+        rejected: Times a circuit, gate, limit or supervision refused to send.
         refused: The same by what refused.
+        restarts: Times the client was restarted to a clean state.
         fallbacks: Times a call went on to the next target.
         stored: Answers kept in the cache.
         skipped: Answers not kept, by reason.
@@ -99,6 +100,7 @@ class Stats:
     retries: int = 0
     rejected: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)
+    restarts: int = 0
     fallbacks: int = 0
     stored: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)

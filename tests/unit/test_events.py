@@ -20,6 +20,7 @@ from dspy_resilient.events import (
     CircuitClosed,
     CircuitHalfOpened,
     CircuitOpened,
+    ClientRestarted,
     Event,
     FellBack,
     Hub,
@@ -220,7 +221,10 @@ def test_what_is_no_error_of_a_listener_goes_through():
     assert heard == [0, 1]
 
 
-CHANGES = [CircuitOpened, CircuitHalfOpened, CircuitClosed, Throttled, WaitStarted]
+CHANGES = [
+    *(CircuitOpened, CircuitHalfOpened, CircuitClosed),
+    *(Throttled, WaitStarted, ClientRestarted),
+]
 
 
 @pytest.mark.parametrize("kind", CHANGES)
@@ -315,6 +319,7 @@ def test_trouble_is_a_warning_and_its_end_is_not(caplog):
         "circuit_opened": logging.WARNING,
         "throttled": logging.WARNING,
         "wait_started": logging.WARNING,
+        "client_restarted": logging.WARNING,
         "circuit_half_opened": logging.INFO,
         "circuit_closed": logging.INFO,
     }

@@ -228,6 +228,10 @@ FLAGS = {
     Kind.POLICY: (named("ContentPolicyViolationError"), Outcome.NEUTRAL, False, False),
     Kind.REQUEST: (dspy.LMInvalidRequestError(), Outcome.NEUTRAL, False, False),
     Kind.REJECTED: (errors.LimitExceededError(), Outcome.NEUTRAL, False, True),
+    Kind.BROKEN: (
+        linked(dspy.LMServerError(status=500), RuntimeError("Event loop is closed")),
+        *(Outcome.NEUTRAL, False, True),
+    ),
     Kind.CANCELLED: (asyncio.CancelledError(), Outcome.NEUTRAL, False, False),
     Kind.LOCAL: (TypeError(), Outcome.NEUTRAL, False, False),
 }

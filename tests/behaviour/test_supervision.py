@@ -1,0 +1,440 @@
+"""A client that breaks is restarted, and the call that met the break is tried once more (R60)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import dspy
+import httpx
+import litellm
+import pytest
+
+from dspy_resilient import ClientClosedError, LimitPolicy, RestartLimitError
+from dspy_resilient.events import ClientRestarted
+from dspy_resilient.testing import (
+    Clock,
+    Empty,
+    Garbage,
+    Hold,
+    Provider,
+    Reset,
+    StallStream,
+    Status,
+    cut_json,
+    dspy_answers,
+)
+
+
+def http_clients(kind):
+    """Return what LiteLLM keeps of one kind at present."""
+    kept = list(litellm.in_memory_llm_clients_cache.cache_dict.values())
+    return [c for each in kept if isinstance(c := getattr(each, "_client", None), kind)]
+
+
+def close_clients():
+    """Do what somebody does who "cleans up": close every HTTP client there is."""
+    for each in http_clients(httpx.Client):
+        each.close()
+
+
+async def aclose_clients():
+    """Do the same with those of event loops."""
+    for each in http_clients(httpx.AsyncClient):
+        await each.aclose()
+
+
+@pytest.fixture(params=["sync", "async"])
+def meddle(request):
+    """Do something before a call, or while it is under way, and return its answer.
+
+    `meddle(lm, provider)` closes the clients before it; with a `Hold`, under it.
+    """
+
+    def under(lm, provider, hold):
+        def close():
+            provider.wait_for(provider.count + 1)
+            close_clients()
+            hold.release()
+
+        provider.script(hold)
+        thread = threading.Thread(target=close)
+        thread.start()
+        try:
+            return lm("again")
+        finally:
+            thread.join()
+
+    async def aunder(lm, provider, hold):
+        provider.script(hold)
+        call = asyncio.ensure_future(lm.acall("again"))
+        await asyncio.to_thread(provider.wait_for, provider.count + 1)
+        await aclose_clients()
+        hold.release()
+        return await call
+
+    def sync(lm, provider, hold=None):
+        lm("warm")
+        if hold is not None:
+            return under(lm, provider, hold)
+        close_clients()
+        return lm("again")
+
+    async def with_loop(lm, provider, hold=None):
+        await lm.acall("warm")
+        if hold is not None:
+            return await aunder(lm, provider, hold)
+        await aclose_clients()
+        return await lm.acall("again")
+
+    if request.param == "sync":
+        return sync
+    return lambda *args: asyncio.run(with_loop(*args))
+
+
+@pytest.fixture
+def crashing(monkeypatch):
+    """Have every HTTP client closed the moment it is made, until the value is called."""
+    litellm.in_memory_llm_clients_cache.flush_cache()
+    for kind in (httpx.Client, httpx.AsyncClient):
+
+        def make(self, *args, _made=kind.__init__, **kwargs):
+            _made(self, *args, **kwargs)
+            self._state = httpx._client.ClientState.CLOSED
+
+        monkeypatch.setattr(kind, "__init__", make)
+    yield monkeypatch.undo
+    monkeypatch.undo()
+    litellm.in_memory_llm_clients_cache.flush_cache()
+
+
+def outcomes(lm):
+    return [each.outcome for each in lm.history[-1]["attempts"]]
+
+
+@pytest.mark.parametrize("prefix", ["openai", "azure"])
+def test_a_closed_http_client_is_replaced(provider, make, meddle, prefix):
+    """The second try answers; the circuit hears nothing of it, and listeners one restart (R60)."""
+    events = []
+    lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, on_event=events.append)
+    assert meddle(lm, provider) == ["Paris"]
+    assert outcomes(lm) == ["broken", "answer"]
+    assert provider.count == 2
+    restarts = [each for each in events if isinstance(each, ClientRestarted)]
+    assert len(restarts) == lm.stats().restarts == 1
+    assert restarts[0].error in ("LMServerError", "LMTransportError")
+    assert restarts[0].target == lm._runtime.routes.find(lm, {}).label
+    assert lm.stats().retries == lm.circuit.failure_count == 0
+
+
+@pytest.mark.parametrize("prefix", ["openai", "anthropic", "gemini"])
+def test_a_client_closed_under_a_running_call_is_replaced(provider, make, meddle, prefix):
+    """Though the error is that of a connection which the provider has cut (R60)."""
+    lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, num_retries=0)
+    assert meddle(lm, provider, Hold()) == ["Paris"]
+    assert outcomes(lm) == ["broken", "answer"]
+    assert lm.stats().restarts == 1
+    assert lm.circuit.failure_count == 0
+
+
+@pytest.mark.parametrize("prefix", ["openai", "anthropic"])
+def test_a_client_whose_event_loop_is_gone_is_replaced(provider, make, monkeypatch, prefix):
+    """LiteLLM finds it by the loop's address, and addresses are given out again (R60)."""
+    monkeypatch.setattr(litellm, "disable_aiohttp_transport", True)
+    kept = litellm.in_memory_llm_clients_cache
+    kept.flush_cache()
+    lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, num_retries=0)
+    gone = asyncio.new_event_loop()
+    gone.run_until_complete(lm.acall("on a loop that ends"))
+    (key,) = [key for key in kept.cache_dict if key.endswith(f"-{id(gone)}")]
+    client = kept.cache_dict[key]
+    gone.close()
+
+    async def call():
+        address = key.replace(str(id(gone)), str(id(asyncio.get_running_loop())))
+        kept.cache_dict[address], kept.ttl_dict[address] = client, kept.ttl_dict[key]
+        return await lm.acall("on another")
+
+    assert asyncio.run(call()) == ["Paris"]
+    assert outcomes(lm) == ["broken", "answer"]
+    assert lm.stats().restarts == 1
+    kept.flush_cache()
+
+
+def test_repeated_event_loops_and_threads_with_loops_of_their_own_break_nothing(provider, make):
+    """What a notebook does, and what used to end in "Event loop is closed" (R8, R60)."""
+    lm = make(cache=False, num_retries=0)
+
+    def loops():
+        for _ in range(5):
+            assert asyncio.run(lm.acall("again")) == ["Paris"]
+            loop = asyncio.new_event_loop()
+            assert loop.run_until_complete(lm.acall("and again")) == ["Paris"]
+            loop.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        for each in [pool.submit(loops) for _ in range(4)]:
+            each.result(30)
+    assert lm.stats().attempts == 40
+    assert lm.stats().restarts == 0
+
+
+async def stream(lm, on_chunk):
+    """Stream a prediction; `on_chunk` is awaited after the first chunk."""
+    program = dspy.streamify(dspy.Predict("question -> answer"))
+    chunks, prediction = 0, None
+    with dspy.context(lm=lm):
+        async for value in program(question="q"):
+            if isinstance(value, dspy.Prediction):
+                prediction = value
+            else:
+                chunks += 1
+                if chunks == 1:
+                    await on_chunk()
+    return chunks, prediction
+
+
+@pytest.fixture
+def streaming():
+    with Provider(dspy_answers(lambda question: "one two three four five")) as running:
+        yield running
+
+
+async def test_a_stream_that_has_not_begun_is_tried_once_more(streaming, make):
+    """Nobody has seen anything yet (R14, R60)."""
+    lm = make(cache=False, num_retries=0, api_base=streaming.api_base)
+    await lm.acall("warm")
+    await aclose_clients()
+    chunks, prediction = await stream(lm, lambda: asyncio.sleep(0))
+    assert chunks > 3
+    assert prediction.answer == "one two three four five"
+    assert outcomes(lm) == ["broken", "answer"]
+
+
+async def test_a_stream_that_breaks_in_the_middle_is_not_repeated(streaming, make, monkeypatch):
+    """Its chunks have been seen; the client is restarted for the next call all the same (R14, R60).
+
+    (Over aiohttp nobody learns that the client was closed; a timeout or a deadline ends the stream.)
+    """
+    monkeypatch.setattr(litellm, "disable_aiohttp_transport", True)
+    litellm.in_memory_llm_clients_cache.flush_cache()
+    streaming.script(StallStream(1, 1.0))
+    lm = make(cache=False, api_base=streaming.api_base)
+    with pytest.raises(dspy.LMError) as error:
+        await stream(lm, aclose_clients)
+    assert [each.outcome for each in error.value.attempts] == ["broken"]
+    assert streaming.count == 1
+    assert lm.stats().restarts == 1
+    assert (await stream(lm, lambda: asyncio.sleep(0)))[1].answer.startswith("one")
+
+
+def test_fifty_calls_that_meet_one_break_cost_one_restart(provider, make):
+    """All of them are answered (R60)."""
+    lm = make(cache=False, num_retries=0)
+    lm("warm")
+    close_clients()
+    barrier = threading.Barrier(50)
+
+    def call(number):
+        barrier.wait(20)
+        return lm(f"{number}")
+
+    with ThreadPoolExecutor(50) as pool:
+        answers = [each.result(30) for each in [pool.submit(call, n) for n in range(50)]]
+    assert answers == [["Paris"]] * 50
+    assert lm.stats().restarts == 1
+
+
+def test_a_crash_loop_ends_in_the_restart_limit(crashing, make, ask):
+    """A call is tried twice; the fourth break within 5 s is refused, and so is all that follows (R60)."""
+    lm = make(cache=False)
+    with pytest.raises(dspy.LMError) as first:
+        ask(lm, "?")
+    assert [each.outcome for each in first.value.attempts] == ["broken", "broken"]
+    with pytest.raises(RestartLimitError, match="restart") as second:
+        ask(lm, "?")
+    assert lm.stats().restarts == 3
+    assert second.value.attempts[-1].outcome == "broken"
+    attempts = lm.stats().attempts
+    with pytest.raises(RestartLimitError) as third:
+        ask(lm, "?")
+    assert lm.stats().attempts == attempts
+    assert 0 < third.value.retry_after <= 5
+    assert "left alone" in lm.explain()
+    assert lm.circuit.state == "closed"
+
+
+def test_restart_lifts_the_restart_limit(crashing, make, ask):
+    """A person has mended something (R60)."""
+    lm = make(cache=False)
+    for _ in range(2):
+        with pytest.raises(dspy.LMError):
+            ask(lm, "?")
+    crashing()
+    with pytest.raises(RestartLimitError):
+        ask(lm, "?")
+    lm.restart()
+    assert ask(lm, "?") == ["Paris"]
+
+
+def test_the_restart_limit_passes_with_its_window(crashing, make, ask):
+    """Five seconds after the first of three restarts the next call is sent again (R60)."""
+    lm, clock = make(cache=False), Clock(100.0)
+    lm._runtime.routes.supervisor._clock = clock
+    for _ in range(2):
+        with pytest.raises(dspy.LMError):
+            ask(lm, "?")
+    crashing()
+    clock.advance(4.9)
+    with pytest.raises(RestartLimitError):
+        ask(lm, "?")
+    clock.advance(0.2)
+    assert ask(lm, "?") == ["Paris"]
+    assert lm.stats().restarts == 3
+
+
+def test_a_fallback_answers_for_a_client_that_cannot_be_mended(crashing, make, ask):
+    """Its own HTTP client is whole (R52, R60)."""
+
+    class Backup(dspy.BaseLM):
+        def __call__(self, *args, **kwargs):
+            return ["backup"]
+
+        async def acall(self, *args, **kwargs):
+            return ["backup"]
+
+    lm = make(cache=False, fallbacks=[Backup("backup/test")])
+    assert [ask(lm, "?") for _ in range(5)] == [["backup"]] * 5
+    assert lm.stats().restarts == 3
+
+
+def test_hits_are_served_while_nothing_can_be_sent(crashing, make, ask):
+    """The cache needs no connection (R43)."""
+    lm = make()
+    crashing()
+    assert ask(lm, "known") == ["Paris"]
+    for _ in range(3):
+        lm._runtime.mend(lm._runtime.routes, lm._runtime.routes.supervisor.generation, OSError())
+    with pytest.raises(RestartLimitError):
+        lm._runtime.mend(lm._runtime.routes, lm._runtime.routes.supervisor.generation, OSError())
+    assert ask(lm, "known") == ["Paris"]
+    with pytest.raises(RestartLimitError):
+        ask(lm, "unknown")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Garbage(), cut_json(), Empty(), Status(500), Status(401), Reset()],
+    ids=["page", "cut", "empty", "500", "401", "reset"],
+)
+@pytest.mark.parametrize("prefix", ["openai", "anthropic"])
+def test_nothing_a_provider_does_restarts_a_client(provider, make, ask, prefix, fault):
+    """An unreadable response is its failure, not our break (R60)."""
+    provider.always(fault)
+    lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, num_retries=0)
+    with pytest.raises(dspy.LMError):
+        ask(lm, "?")
+    assert lm.stats().restarts == 0
+
+
+def test_an_open_circuit_stays_open_over_a_restart(provider, make, ask):
+    """The provider is as down as before (R60)."""
+    lm = make(cache=False, max_wait=0)
+    lm.circuit.force_open("maintenance")
+    lm.restart()
+    with pytest.raises(dspy.LMError, match="maintenance"):
+        ask(lm, "?")
+    assert provider.count == 0
+
+
+def test_leaders_answer_their_followers_over_a_restart(provider, make):
+    """Nobody who waits is forgotten, and nothing is sent twice for them (R60)."""
+    hold = Hold()
+    provider.script(hold)
+    lm = make()
+    with ThreadPoolExecutor(5) as pool:
+        calls = [pool.submit(lm, "same") for _ in range(5)]
+        provider.wait_for(1)
+        while len(next(iter(lm._runtime.flights._flights.values())).waiters) < 4:
+            time.sleep(0.001)
+        lm.restart()
+        hold.release()
+        assert [each.result(20) for each in calls] == [["Paris"]] * 5
+    assert provider.count == 1
+    assert lm.stats().coalesced == 4
+
+
+def test_a_restart_frees_whoever_waits_for_a_place_that_was_lost(make, ask):
+    """Clean limits have all their places (R60)."""
+    lm = make(cache=False, limits=LimitPolicy(max_concurrent=1))
+    route = lm._runtime.routes.find(lm, {})
+    route.limiter.enter()  # and never leave
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(ask, lm, "?")
+        while not route.limiter.queued:
+            time.sleep(0.001)
+        lm.restart()
+        assert call.result(20) == ["Paris"]
+    assert (route.limiter.in_use, route.limiter.queued) == (0, 0)
+
+
+def break_limits(lm):
+    lm._runtime.routes.find(lm, {}).limiter._places = None
+
+
+def break_count(lm):
+    lm._runtime.routes.find(lm, {}).limiter._places.in_use = -1
+
+
+def break_flights(lm):
+    lm._runtime.flights._flights = None
+
+
+@pytest.mark.parametrize("damage", [break_limits, break_count, break_flights])
+def test_broken_state_of_our_own_is_replaced(provider, make, ask, damage):
+    """The limits, or the in-flight table, in a state they cannot be in (R60)."""
+    lm = make(limits=4)
+    assert ask(lm, "one") == ["Paris"]
+    damage(lm)
+    assert ask(lm, "two") == ["Paris"]
+    assert lm.stats().restarts == 1
+    assert ask(lm, "three") == ["Paris"]
+    assert lm.stats().restarts == 1
+    assert len(lm._runtime.flights) == 0
+    assert lm._runtime.routes.find(lm, {}).limiter.in_use == 0
+
+
+def test_followers_of_a_broken_table_are_answered(provider, make):
+    """Whoever led comes back with the answer that is in the cache by then (R60)."""
+    hold = Hold()
+    provider.script(hold)
+    lm = make()
+    with ThreadPoolExecutor(5) as pool:
+        calls = [pool.submit(lm, "same") for _ in range(5)]
+        provider.wait_for(1)
+        while len(next(iter(lm._runtime.flights._flights.values())).waiters) < 4:
+            time.sleep(0.001)
+        lm._runtime.flights._flights = None
+        hold.release()
+        assert [each.result(20) for each in calls] == [["Paris"]] * 5
+    assert provider.count == 1
+    assert lm.stats().restarts == 1
+
+
+def test_a_restart_by_hand_makes_new_connections(provider, make, ask):
+    """What is under way keeps the old ones (R60)."""
+    lm = make(cache=False)
+    lm("?")
+    lm.restart()
+    lm("?")
+    assert provider.connections == 2
+
+
+def test_a_closed_client_is_not_restarted(make):
+    """It stays closed (R60)."""
+    lm = make()
+    lm.close()
+    with pytest.raises(ClientClosedError):
+        lm.restart()
