@@ -171,10 +171,7 @@ class Attempt:
 
     def _prepare(self, name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         method = getattr(self.target.kind, name)
-        args, kwargs = self.call.args, dict(self.target.kwargs(self.call))
-        lm = self.target.lm
-        if args and isinstance(args[0], dspy.lm15.Request) and args[0].model != lm.model:
-            args = (dataclasses.replace(args[0], model=lm.model), *args[1:])
+        args, kwargs = self.target.args(self.call), dict(self.target.kwargs(self.call))
         return getattr(method, "__wrapped__", method), args, kwargs
 
     @contextlib.contextmanager

@@ -155,7 +155,16 @@ class Call:
 
 @dataclass(slots=True, eq=False, repr=False)
 class _Turn:
-    """One target's share of a call: attempts used, whether retries were, and how the last ended."""
+    """One target's share of a call.
+
+    Attributes:
+        target: Who is asked.
+        used: Attempts that count.
+        retried: Whether one of them was a retry.
+        error: How it ended the last time, if it did.
+        final: Whether it is not to be asked again.
+        early: Whether its next attempt may be a probe before the time.
+    """
 
     target: Target
     used: int = 0
@@ -163,6 +172,7 @@ class _Turn:
     error: Exception | None = None
     final: bool = False
     mended: bool = False
+    early: bool = False
 
 
 def complete(call: Call, client: Runtime) -> Steps[Served]:
@@ -333,8 +343,9 @@ def _ask_targets(
     turns = [_Turn(target) for target in targets]
     error = before[-1] if before else None
     kept_for = None if error is None else _special_kind(error)
+    asked = turns
     while True:
-        for turn in turns:
+        for turn in asked:
             if turn.final:
                 continue
             if error is not None and (before or turn is not turns[0]):
@@ -350,6 +361,10 @@ def _ask_targets(
                     raise
                 turn.error = error = failure
                 turn.final = not isinstance(failure, CircuitOpenError)
+        if (early := _early_probe(call, client, turns)) is not None:
+            asked = [early]
+            continue
+        asked = turns
         blocked = [turn.target.route(call) for turn in turns if not turn.final]
         if not blocked or not (yield from _outwait(call, client, blocked)):
             raise _nobody_answered(client, turns)
@@ -386,15 +401,26 @@ def _nobody_answered(client: Runtime, turns: list[_Turn]) -> Exception:
     return failure
 
 
+def _early_probe(call: Call, client: Runtime, turns: list[_Turn]) -> _Turn | None:
+    """Return whom to ask although nobody is to be asked: now and then, the first to reopen (R52)."""
+    refused = all(isinstance(turn.error, CallRejectedError) for turn in turns)
+    blocked = [turn for turn in turns if not turn.final]
+    if len(turns) == 1 or not refused or not blocked:
+        return None
+    soonest = min(blocked, key=lambda turn: turn.target.route(call).wait_time())
+    soonest.early = client.early_probes.take(soonest.target.route(call).blocker())
+    return soonest if soonest.early else None
+
+
 def _outwait(call: Call, client: Runtime, blocked: list[Route]) -> Steps[bool]:
     """Wait until the first of the open circuits may be asked again; False if it takes too long."""
     route = blocked[0] if len(blocked) == 1 else min(blocked, key=lambda each: each.wait_time())
-    now, wait = client.clock(), route.wait_time()
-    if not call.has_patience(now, wait):
+    now, circuit = client.clock(), route.blocker()
+    if not call.has_patience(now, circuit.wait_time()):
         return False
     assert call.patience is not None  # has_patience has set it
     most = min(call.patience - now, call.left(now))
-    yield from _line_up(client, route.blocker(), route.label, most)
+    yield from _line_up(client, circuit, route.label, most)
     return True
 
 
@@ -427,7 +453,7 @@ def _ask(call: Call, client: Runtime, turn: _Turn, lead: Lead | None) -> Steps[S
     route = target.route(call)
     while True:
         seen = target.routes.supervisor.generation
-        call.sent = attempt = yield from _clear_the_way(call, client, target, route)
+        call.sent = attempt = yield from _clear_the_way(call, client, turn, route)
         if lead is not None:
             lead.sent()
         try:
@@ -483,15 +509,21 @@ def _take(call: Call, client: Runtime, attempt: Attempt, answer: Answer) -> Serv
     return Served(answer, hit=False)
 
 
-def _clear_the_way(call: Call, client: Runtime, target: Target, route: Route) -> Steps[Attempt]:
+def _clear_the_way(call: Call, client: Runtime, turn: _Turn, route: Route) -> Steps[Attempt]:
     """Gate, then limits, then circuit: what waits comes first, so that no permit waits (R11)."""
+    target = turn.target
     refusal = target.routes.supervisor.refusal()
     if refusal is not None:
         raise _rejected(client, route, refusal)
     lease = target.timeout(call) or 0.0
-    passage = yield from _pass_gate(call, client, route, lease)
-    slot = yield from _take_slot(call, client, target, route, passage)
-    admission = route.admit(lease)
+    while True:
+        passage = yield from _pass_gate(call, client, route, lease)
+        slot = yield from _take_slot(call, client, target, route, passage)
+        if passage.is_current:
+            break
+        _release(passage, slot)  # the gate has closed during the queue
+    admission = route.admit(lease, early=turn.early)
+    turn.early = False
     if admission is None:
         _release(passage, slot)
         raise _rejected(client, route, route.rejection())
@@ -585,11 +617,11 @@ def _take_slot(
     slot: Slot | None = None
     try:
         while (limiter := route.limiter) is not None:
-            slot = limiter.enter(target.estimate(call))
+            slot = limiter.enter(target.estimate(call), call.left(client.clock()))
             while not slot.granted and limiter is route.limiter:
                 yield Wait(slot.future, min(slot.wait_time(), call.left(client.clock())))
-                if not slot.poll():
-                    _check_deadline(call, client)
+                slot.poll()
+                _check_deadline(call, client)
             if slot.granted:
                 break
             slot.leave(sent=False)  # the client was restarted: queue anew

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Self
 import dspy
 
 from dspy_resilient.circuit import Kind
+from dspy_resilient.events import logger, printable
 from dspy_resilient.options import FALLBACKS, refuse_ours, refuse_stream
+from dspy_resilient.reasoning import fit
 from dspy_resilient.redact import strip_secrets
 from dspy_resilient.target import CONNECTION, Target
 
@@ -26,8 +28,6 @@ Given = tuple[Any, ...]
 
 _KEPT_FOR = {"context_window_fallbacks": Kind.CONTEXT, "policy_fallbacks": Kind.POLICY}
 
-# Settings that some models refuse; a fallback is built without them if it does.
-_NOT_EVERYWHERE = ("temperature", "max_tokens", "max_completion_tokens")
 # Settings that mean something to one provider only, and would be sent to another as they are.
 _OF_ONE_PROVIDER = ("aws_", "azure_", "databricks_", "oci_", "sagemaker_", "vertex_", "watsonx_")
 
@@ -79,6 +79,20 @@ class Fallbacks:
     def all(self) -> tuple[Target, ...]:
         """Return the targets of every list."""
         return sum(self.special.values(), self.general)
+
+    def can(self, capability: str, runtime: Runtime) -> bool:
+        """Whether everybody can do what the primary can; log once if somebody cannot (R52)."""
+        lacking = [each.lm.model for each in self.general if not getattr(each.lm, capability)]
+        if lacking and capability not in runtime.lost:
+            runtime.lost.add(capability)
+            logger.warning(
+                "dspy_resilient.capability_lost client=%s capability=%s fallback=%s",
+                printable(runtime.name),
+                capability,
+                printable(lacking[0]),
+                extra={"event": "dspy_resilient.capability_lost"},
+            )
+        return not lacking
 
     def recording(self, history: list[Any]) -> Self:
         """Return the same fallbacks, whose calls DSPy records in `history`."""
@@ -136,7 +150,7 @@ def _vary(
     varied: list[Any] = []
     targets: list[Target] = []
     for each in given:
-        fallback = each if isinstance(each, str) else each.copy(**settings)
+        fallback = each if isinstance(each, str) else each.copy(**fit(each.model, settings))
         found = _targets(primary, runtime, fallback)
         fresh = [target for target in found if not _is_asked(target, primary, targets)]
         if fresh:
@@ -199,16 +213,12 @@ def _from_name(primary: Any, model: str, *, inherits: bool) -> Any:
     if not inherits:
         settings, _ = strip_secrets(settings)
         settings = {n: value for n, value in settings.items() if not _is_of_one_provider(n)}
-    if "max_completion_tokens" in settings:
+    settings = fit(model, settings)
+    if "max_completion_tokens" in settings:  # which dspy.LM takes by its old name only
         settings["max_tokens"] = settings.pop("max_completion_tokens")
     settings["engine"] = primary.engine if isinstance(primary.engine, str) else "litellm"
     settings["model_type"] = primary.model_type
-    try:
-        return dspy.LM(model, **settings)
-    except dspy.LMConfigurationError:
-        for name in _NOT_EVERYWHERE:
-            settings.pop(name, None)
-        return dspy.LM(model, **settings)
+    return dspy.LM(model, **settings)
 
 
 def _is_of_one_provider(name: str) -> bool:

@@ -100,7 +100,9 @@ class ResilientLM(dspy.LM):
         retry: A `RetryPolicy`.
         limits: A `LimitPolicy`, or an int: the most attempts at a time. Default None: no limit.
         fallbacks: Where a call goes when the primary cannot answer, in order: model names,
-            `dspy.LM`s, `ResilientLM`s, or dicts of `dspy.LM` arguments.
+            `dspy.LM`s, `ResilientLM`s, or dicts of `dspy.LM` arguments. What one of them cannot do
+            (tools, structured output, reasoning) programs do without, so that it may answer any
+            call; the log says so when a program first asks, since only LiteLLM knows.
         context_window_fallbacks: Where a call goes whose prompt is too long for a model, in the
             same forms. If none of them answers, ContextWindowExceededError is raised as it was.
         policy_fallbacks: Where a call goes that a content filter refuses, or whose answer it holds
@@ -462,23 +464,20 @@ class ResilientLM(dspy.LM):
     @property
     def supports_function_calling(self) -> bool:
         """Whether the model and every fallback support tools."""
-        return super().supports_function_calling and all(
-            each.lm.supports_function_calling for each in self._fallbacks.general
-        )
+        mine: bool = super().supports_function_calling
+        return mine and self._fallbacks.can("supports_function_calling", self._runtime)
 
     @property
     def supports_reasoning(self) -> bool:
         """Whether the model and every fallback support native reasoning."""
-        return super().supports_reasoning and all(
-            each.lm.supports_reasoning for each in self._fallbacks.general
-        )
+        mine: bool = super().supports_reasoning
+        return mine and self._fallbacks.can("supports_reasoning", self._runtime)
 
     @property
     def supports_response_schema(self) -> bool:
         """Whether the model and every fallback support structured output."""
-        return super().supports_response_schema and all(
-            each.lm.supports_response_schema for each in self._fallbacks.general
-        )
+        mine: bool = super().supports_response_schema
+        return mine and self._fallbacks.can("supports_response_schema", self._runtime)
 
     @property
     def supported_params(self) -> set[str]:

@@ -121,22 +121,23 @@ class Route:
         slow_call = self.circuit.policy.slow_call if self.circuit is not None else None
         return slow_call is not None and seconds >= slow_call
 
-    def admit(self, lease: float = 0.0) -> Admission | None:
+    def admit(self, lease: float = 0.0, *, early: bool = False) -> Admission | None:
         """Return leave to send one attempt, or None if a circuit refuses.
 
         Args:
             lease: Seconds the attempt may take; see `CircuitBreaker.try_admit`.
+            early: Whether it may be a probe before the time; see there.
         """
         if self._is_to_listen:
             self._listen()
         permit = None
         if self.circuit is not None:
-            permit = self.circuit.try_admit(lease)
+            permit = self.circuit.try_admit(lease, early=early)
             if permit is None:
                 return None
         if self.access is None:
             return Admission(self, permit, None)
-        access = self.access.try_admit(lease)
+        access = self.access.try_admit(lease, early=early)
         if access is None:
             if permit is not None:
                 permit.neutral()

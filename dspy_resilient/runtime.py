@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dspy_resilient import providers
 from dspy_resilient.cache import Flights, ResponseCache, usable
-from dspy_resilient.circuit import CircuitBreaker, ThrottleGate
+from dspy_resilient.circuit import CircuitBreaker, EarlyProbes, ThrottleGate
 from dspy_resilient.errors import ClientClosedError
 from dspy_resilient.events import ClientRestarted, Event, Hub, WaitStarted, logger, printable
 from dspy_resilient.limits import Limiter
@@ -70,8 +70,10 @@ class Runtime:
         self.closed = False
         self.long_wait = 3.0
         self.warned = False
+        self.lost: set[str] = set()
         self.hub = Hub(options.on_event)
         self.trace(None)
+        self.early_probes = EarlyProbes(clock)
         self.tally = Tally()
         self._made_at = clock()
         self._minute = LastMinute()

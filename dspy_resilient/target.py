@@ -9,6 +9,7 @@ import dspy
 
 from dspy_resilient.attempt import Attempt
 from dspy_resilient.cache import request_key, tenant_of
+from dspy_resilient.reasoning import fit, fit_config
 from dspy_resilient.route import Routes, endpoint_of, setting
 
 if TYPE_CHECKING:
@@ -73,9 +74,21 @@ class Target:
 
     def kwargs(self, call: Call) -> dict[str, Any]:
         """Return the call's keywords as this target should see them."""
-        if not self.own_connection:
-            return call.kwargs
-        return {name: value for name, value in call.kwargs.items() if name not in CONNECTION}
+        kwargs = call.kwargs
+        if self is call.targets[0]:
+            return kwargs
+        if self.own_connection:
+            kwargs = {name: value for name, value in kwargs.items() if name not in CONNECTION}
+        return fit(self.lm.model, kwargs)
+
+    def args(self, call: Call) -> tuple[Any, ...]:
+        """Return the call's positional arguments as this target should see them."""
+        request = call.args[0] if call.args else None
+        if self is call.targets[0] or not isinstance(request, dspy.lm15.Request):
+            return call.args
+        model = self.lm.model
+        config = fit_config(model, request.config)
+        return dataclasses.replace(request, model=model, config=config), *call.args[1:]
 
     def timeout(self, call: Call) -> float | None:
         """Return the timeout of one attempt in seconds, or None if it is not a plain number."""
@@ -86,7 +99,7 @@ class Target:
         """Return the cache key of this call under this target, or None if it is not cached."""
         if call.key is None:
             return None
-        return key_of(self.lm, call.method, call.args, self.kwargs(call), self.runtime.tenant)
+        return key_of(self.lm, call.method, self.args(call), self.kwargs(call), self.runtime.tenant)
 
     def estimate(self, call: Call) -> int:
         """Guess the tokens this call will use: 4 characters each, and the most it may answer."""

@@ -123,7 +123,7 @@ class CircuitBreaker(Turnstile, Wrapping):
 
     # Asking and reporting
 
-    def try_admit(self, lease: float = 0.0) -> Permit | None:
+    def try_admit(self, lease: float = 0.0, *, early: bool = False) -> Permit | None:
         """Return leave to make one call, or None if it is refused; cheap either way.
 
         With `mode="observe"` nothing is refused; the result of a call that would have been
@@ -132,6 +132,8 @@ class CircuitBreaker(Turnstile, Wrapping):
         Args:
             lease: Seconds the call may take (the client's timeout): a probe that has not reported
                 after that, or after `probe_lease` if that is longer, gives up its place.
+            early: Whether the call may be the probe before the time, if the circuit has been open
+                for `recovery_time`. (Nobody else is left to ask; the growing time is a courtesy.)
         """
         machine = self._machine
         generation = machine.generation  # without the lock: read first, so that it is never ahead
@@ -141,7 +143,7 @@ class CircuitBreaker(Turnstile, Wrapping):
             now = self._clock()
             if machine.passes:
                 return Permit(self, machine.generation, now)
-            if machine.lets_probe(now):
+            if machine.lets_probe(now, early=early):
                 permit = Permit(self, machine.generation, now, probe=True)
                 self._places.take(permit, now + max(self.policy.probe_lease, lease))
             else:
@@ -315,6 +317,12 @@ class CircuitBreaker(Turnstile, Wrapping):
         with self._lock:
             machine, now = self._machine, self._clock()
             return max(0.0, machine.open_until - now) if machine.refuses else 0.0
+
+    @property
+    def early_wait(self) -> float:
+        """Seconds until `try_admit(early=True)` may help: inf unless open, and not by hand."""
+        with self._lock:
+            return self._machine.early_wait(self._clock())
 
     @property
     def failure_count(self) -> int:

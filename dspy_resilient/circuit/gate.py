@@ -42,6 +42,11 @@ class GatePass:
         self.generation = generation
         self.reported = False
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the gate has not closed since: what has waited meanwhile must ask again."""
+        return self.generation == self.gate.generation
+
     def answered(self) -> None:
         """Report that the provider answered: twice as many may go next."""
         self.gate.record_answer(self)
@@ -186,6 +191,11 @@ class ThrottleGate(Turnstile):
         self._signals.send()
 
     # Looking
+
+    @property
+    def generation(self) -> int:
+        """Closings so far."""
+        return self._generation
 
     @property
     def hint(self) -> float | None:

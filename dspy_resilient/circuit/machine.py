@@ -101,13 +101,19 @@ class Machine:
         """Whether a probe more may go."""
         return self._places.taken(now) < self.policy.probes
 
-    def lets_probe(self, now: float) -> bool:
+    def lets_probe(self, now: float, *, early: bool = False) -> bool:
         """Whether a call that found it not closed may go as a probe; becomes half-open if due."""
         if self.state is not _HALF_OPEN:
-            if now < self.open_until:
+            if now < self.open_until and not (early and self.early_wait(now) == 0):
                 return False
             self.become_half_open(now)
         return self.has_place(now)
+
+    def early_wait(self, now: float) -> float:
+        """Return the seconds until an early probe may go; inf if none may (R52)."""
+        if self.state is not CircuitState.OPEN:
+            return math.inf
+        return max(0.0, self.since + self.policy.recovery_time - now)
 
     def succeed(self, now: float, seconds: float) -> None:
         """Count a success that took `seconds`."""

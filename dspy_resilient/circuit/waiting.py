@@ -65,7 +65,7 @@ class Signals:
     """What others must hear once their owner's lock is released: waiters and events.
 
     Under the lock, `call` picks waiters and `note` keeps events; without it, `send` resolves the
-    former and delivers the latter.Events reach the listener in the order in which they were
+    former and delivers the latter. Events reach the listener in the order in which they were
     noted, one at a time, on a thread that happens to send; a fault of the listener is logged once.
     """
 

@@ -77,34 +77,37 @@ class Limiter:
         limit = self._places.limit
         return None if math.isinf(limit) else int(limit)
 
-    def enter(self, tokens: int = 0) -> Slot:
+    def enter(self, tokens: int = 0, patience: float = math.inf) -> Slot:
         """Return a slot: granted if its turn is now, else at the end of the queue.
 
         Args:
             tokens: Estimate of the tokens this attempt will use, prompt and answer together. An
                 attempt with more than the rate ever holds at once goes when the rate is full.
+            patience: Seconds the caller can wait. If the rates alone make it longer, it is refused
+                at once; how long those under way will take is not known, and not counted.
 
         Raises:
-            LimitExceededError: The queue is full. Nothing was taken; `retry_after` is set where
-                the rate alone decides when there is room again.
+            LimitExceededError: The queue is full, or too slow for `patience`. Nothing was taken;
+                `retry_after` is set where the rate alone decides when there is room again.
         """
         slot = Slot(self, self._places, max(0, tokens))
-        refused = False
-        room_at = math.inf
+        refusal: LimitExceededError | None = None
         with self._lock:
             now = self._clock()
             woken = self._advance(now)
             if not self._queue and self._ready_at(slot) - now <= _ROUNDING:
                 self._grant(slot, State.GRANTED, now)
-            elif self.policy.max_queue is None or len(self._queue) < self.policy.max_queue:
+            elif self.policy.max_queue is not None and len(self._queue) >= self.policy.max_queue:
+                refusal = self._full(self._ready_at(next(iter(self._queue), slot)) - now)
+            elif (wait := self._turn_at(slot) - now) > patience:
+                refusal = self._too_slow(wait)
+            else:
                 slot.future = pending()
                 self._queue[slot] = None
-            else:
-                refused = True
-                room_at = self._ready_at(next(iter(self._queue), slot))
+                self._queued_tokens += slot.tokens
         self._resolve(woken)
-        if refused:
-            raise self._full(None if math.isinf(room_at) else room_at - now)
+        if refusal is not None:
+            raise refusal
         return slot
 
     def wait_time(self, slot: Slot) -> float:
@@ -152,6 +155,7 @@ class Limiter:
         self._requests = None if policy.rpm is None else TokenBucket(policy.rpm)
         self._tokens = None if policy.tpm is None else TokenBucket(policy.tpm)
         self._queue: OrderedDict[Slot, None] = OrderedDict()
+        self._queued_tokens = 0.0
         self._departures: deque[Departure] = deque()
 
     def _ready_at(self, slot: Slot) -> float:
@@ -160,6 +164,15 @@ class Limiter:
             return math.inf
         ready = -math.inf if self._requests is None else self._requests.ready_at(1)
         return ready if self._tokens is None else max(ready, self._tokens.ready_at(slot.tokens))
+
+    def _turn_at(self, slot: Slot) -> float:
+        """Return from when the rates let `slot` go behind the whole queue; requires the lock."""
+        turn = -math.inf
+        if self._requests is not None:
+            turn = self._requests.ready_at(1, behind=len(self._queue))
+        if self._tokens is not None:
+            turn = max(turn, self._tokens.ready_at(slot.tokens, behind=self._queued_tokens))
+        return turn
 
     def _grant(self, slot: Slot, state: State, now: float) -> None:
         """Give `slot` its place; requires the lock."""
@@ -187,7 +200,7 @@ class Limiter:
             head = next(iter(self._queue))
             ready = self._ready_at(head)
             if ready - now <= _ROUNDING:
-                del self._queue[head]
+                self._unqueue(head)
                 self._grant(head, State.OFFERED, now)
             elif ready < head.due:
                 head.due = ready
@@ -198,6 +211,11 @@ class Limiter:
                 head.future = RESOLVED
         return woken
 
+    def _unqueue(self, slot: Slot) -> None:
+        """Take `slot` out of the queue; requires the lock."""
+        del self._queue[slot]
+        self._queued_tokens -= slot.tokens
+
     def _depart(self, departure: Departure, now: float) -> None:
         """Take a slot out of the queue or off its place; requires the lock."""
         slot, used, sent, throttled, slow, ok = departure
@@ -206,7 +224,7 @@ class Limiter:
             return
         slot.state = State.LEFT
         if state is State.QUEUED:
-            del self._queue[slot]
+            self._unqueue(slot)
             return
         self._places.in_use -= 1
         if self._places.in_use < 0:
@@ -237,12 +255,21 @@ class Limiter:
             future.set_result(None)
         self._settle()
 
-    def _full(self, retry_after: float | None) -> LimitExceededError:
-        when = "" if retry_after is None else f"; there is room in {retry_after:.1f} s"
+    def _full(self, wait: float) -> LimitExceededError:
+        when = "" if math.isinf(wait) else f"; there is room in {wait:.1f} s"
         return LimitExceededError(
             f"client {self._client!r}: {self._target or 'the target'} takes no more calls, "
             f"{self.in_use} are under way and {self.queued} waiting "
             f"(max_queue={self.policy.max_queue}){when}",
             client=self._client,
-            retry_after=retry_after,
+            retry_after=None if math.isinf(wait) else wait,
+        )
+
+    def _too_slow(self, wait: float) -> LimitExceededError:
+        return LimitExceededError(
+            f"client {self._client!r}: the rate of {self._target or 'the target'} (rpm="
+            f"{self.policy.rpm}, tpm={self.policy.tpm}) lets this call go in {wait:.1f} s, which is "
+            "longer than it may wait",
+            client=self._client,
+            retry_after=wait,
         )

@@ -34,10 +34,14 @@ class TokenBucket:
         self._burst = self._rate * BURST_SECONDS
         self._full_at = -math.inf
 
-    def ready_at(self, amount: float) -> float:
-        """Return the clock's reading from which `amount` may be taken."""
+    def ready_at(self, amount: float, behind: float = 0) -> float:
+        """Return the clock's reading from which `amount` may be taken.
+
+        With `behind`, once that much more has been taken before: a lower bound, since a bucket
+        that is full in the meantime gains nothing.
+        """
         missing = self._burst - min(amount, self._burst)
-        return self._full_at - missing / self._rate
+        return self._full_at + (behind - missing) / self._rate
 
     def take(self, amount: float, now: float) -> None:
         """Take `amount`, into debt if need be; a negative amount is given back.

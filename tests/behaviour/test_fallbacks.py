@@ -1,4 +1,4 @@
-"""Fallbacks kept for prompts that are too long, and for what a content filter refuses (R52)."""
+"""Fallbacks kept for what a model refuses, and what a fallback takes away (R52)."""
 
 from __future__ import annotations
 
@@ -239,3 +239,31 @@ async def test_identical_calls_share_what_the_list_answers(provider, second, oth
     answers = await asyncio.gather(*(lm.acall("q") for _ in range(8)))
     assert answers == [["Lyon"]] * 8
     assert (provider.count, second.count) == (1, 1)
+
+
+CAPABILITIES = {
+    "supports_function_calling": "openai/gpt-3.5-turbo-instruct",
+    "supports_response_schema": "openai/gpt-3.5-turbo",
+    "supports_reasoning": "openai/gpt-4o",
+}
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_what_a_fallback_cannot_do_is_not_used_and_logged_once(name, caplog):
+    """Capabilities are the intersection, whatever is asked when (R52)."""
+    able, unable = "openai/gpt-5", CAPABILITIES[name]
+    assert getattr(ResilientLM(able, fallbacks=["openai/o3"]), name) is True
+    assert not caplog.records
+    lm = ResilientLM(able, fallbacks=["openai/o3", unable], name="fast")
+    assert not caplog.records  # only LiteLLM knows, and building a client does not import it
+    for twin in (lm, lm, lm.copy(temperature=1.0)):
+        assert getattr(twin, name) is False
+    (record,) = caplog.records
+    assert record.event == "dspy_resilient.capability_lost"
+    assert all(each in record.getMessage() for each in (name, unable, "fast"))
+
+
+def test_special_lists_take_no_capability_away():
+    """They answer what nobody else would (R52)."""
+    lm = ResilientLM("openai/gpt-5", context_window_fallbacks=["openai/gpt-3.5-turbo"])
+    assert lm.supports_response_schema is True
