@@ -1,0 +1,506 @@
+"""Several providers at once: who answers, who is left alone, and how long a caller waits."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import signal
+import threading
+import time
+
+import dspy
+import pytest
+
+from dspy_resilient import (
+    AllTargetsFailedError,
+    CallRejectedError,
+    CircuitOpenError,
+    CircuitPolicy,
+    DeadlineExceededError,
+    LimitExceededError,
+    LimitPolicy,
+    ResilientLM,
+    RetryPolicy,
+    ThrottledError,
+)
+from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpened, FellBack
+from dspy_resilient.testing import Hang, Hold, Provider, Status, rate_limited
+
+ONCE = RetryPolicy(max_attempts=1)
+AT_ONCE = RetryPolicy(base=0.0)
+FRAGILE = CircuitPolicy(failure_threshold=1, recovery_time=30.0, jitter=0.0)
+SOON = CircuitPolicy(failure_threshold=1, recovery_time=0.3, jitter=0.0, successes_to_close=1)
+
+
+@pytest.fixture
+def chain(provider):
+    """Three providers ("Paris", "Lyon", "Nice") and a client that asks them in this order."""
+    with Provider("Lyon") as second, Provider("Nice") as third:
+        made = []
+
+        def build(**options):
+            base = {"api_key": "k", "num_retries": 0, "engine": "litellm"}
+            fallbacks = [
+                dspy.LM("openai/second", api_base=second.api_base, **base),
+                dspy.LM("openai/third", api_base=third.api_base, **base),
+            ]
+            options = {"retry": ONCE, "fallbacks": fallbacks, **options}
+            lm = ResilientLM("openai/first", api_base=provider.api_base, api_key="k", **options)
+            made.append(lm)
+            return lm
+
+        build.providers = provider, second, third
+        yield build
+        for lm in made:
+            lm.close()
+
+
+def counts(chain):
+    return [each.count for each in chain.providers]
+
+
+def seconds_of(work):
+    """Return what `work` returned or raised, and how long it took."""
+    began = time.monotonic()
+    try:
+        result = work()
+    except Exception as error:
+        result = error
+    return result, time.monotonic() - began
+
+
+def leftovers(lm):
+    """Return every place, waiter and flight that somebody still holds."""
+    held = {"flights": len(lm._runtime.flights)}
+    for route in lm._runtime.all_routes():
+        parts = {"gate": route.gate, "circuit": route.circuit}
+        for name, part in parts.items():
+            if part is not None:
+                held[name, route.label] = part._places.taken(math.inf) + part._signals.waiting
+        if route.limiter is not None:
+            held["limits", route.label] = route.limiter.in_use + route.limiter.queued
+    return {name: count for name, count in held.items() if count}
+
+
+# Outages, and the end of them.
+
+
+@pytest.mark.parametrize("mode", ["refuse", "reset", "500", "hang"])
+def test_the_outage_of_one_is_not_the_callers(chain, ask, mode):
+    """Whatever an outage looks like, the next target answers (R52)."""
+    first, _, third = chain.providers
+    lm = chain(timeout=0.4 if mode == "hang" else 20)
+    first.down(mode)
+    assert ask(lm, "q") == ["Lyon"]
+    assert lm.history[-1]["model"] == "openai/second"
+    assert [each.target.split()[0] for each in lm.history[-1]["attempts"]] == [
+        "openai/first",
+        "openai/second",
+    ]
+    assert third.count == 0
+
+
+def test_the_outage_of_two_neither(chain, ask):
+    """The third is asked, and two circuits are open then; a later call goes straight to it."""
+    first, second, _ = chain.providers
+    lm = chain(circuit=FRAGILE)
+    first.down("500")
+    second.down("reset")
+    assert ask(lm, "q") == ["Nice"]
+    assert ask(lm, "another") == ["Nice"]
+    assert counts(chain) == [1, 1, 2]
+    assert [circuit.state for circuit in lm.circuits.values()] == ["open", "open", "closed"]
+
+
+def test_the_outage_of_all_is_told_target_by_target(chain, ask):
+    """One error per target, and every attempt with how it ended (R52)."""
+    for each, mode in zip(chain.providers, ["500", "reset", "500"], strict=True):
+        each.down(mode)
+    lm = chain(num_retries=1, retry=RetryPolicy(max_attempts=2, base=0.0))
+    with pytest.raises(AllTargetsFailedError) as caught:
+        ask(lm, "q")
+    assert counts(chain) == [2, 2, 2]
+    assert len(caught.value.errors) == 3
+    assert caught.value.__cause__ is caught.value.errors[-1]
+    assert [each.outcome for each in caught.value.attempts] == ["failure"] * 6
+    assert all(each.seconds > 0 for each in caught.value.attempts)
+
+
+def test_the_primary_answers_again_once_it_has_recovered(chain, ask):
+    """Nobody has to tell the client; events tell the story (R24, R70)."""
+    events = []
+    lm = chain(circuit=SOON, cache=False, on_event=events.append)
+    first, *_ = chain.providers
+    first.down("500")
+    assert ask(lm, "q") == ["Lyon"]
+    first.up()
+    assert ask(lm, "q") == ["Lyon"]
+    time.sleep(0.35)
+    assert ask(lm, "q") == ["Paris"]
+    assert lm.circuit.state == "closed"
+    story = [type(each) for each in events if each.target and "openai/first" in each.target]
+    kinds = (CircuitOpened, CircuitHalfOpened, CircuitClosed)
+    assert [kind for kind in story if kind in kinds] == list(kinds)
+    assert sum(isinstance(each, FellBack) for each in events) == 2
+
+
+def test_usage_and_cost_are_those_of_whoever_answered(chain, ask):
+    """An honest bill (R52)."""
+    first, *_ = chain.providers
+    lm = chain()
+    first.down("500")
+    with dspy.track_usage() as usage:
+        ask(lm, "q")
+    assert list(usage.get_total_tokens()) == ["openai/second"]
+    entry = lm.history[-1]
+    assert entry["response_model"] == "second"
+    assert entry["usage"]["total_tokens"] > 0
+
+
+# All circuits open.
+
+
+def test_with_every_circuit_open_one_early_probe_looks(chain, ask):
+    """At most one per recovery_time, at the target that reopens soonest (R52)."""
+    lm = chain(circuit=SOON, max_wait=0, cache=False)
+    for circuit, left in zip(lm.circuits.values(), [60, 40, 80], strict=True):
+        circuit.trip(retry_after=left)
+    chain.providers[1].down("500")
+    with pytest.raises(AllTargetsFailedError) as caught:
+        ask(lm, "q")
+    assert counts(chain) == [0, 0, 0]
+    assert 35 < caught.value.retry_after <= 40
+    time.sleep(0.35)
+    for _ in range(3):
+        with pytest.raises(AllTargetsFailedError):
+            ask(lm, "q")
+    assert counts(chain) == [0, 1, 0]
+    chain.providers[1].up()
+    time.sleep(0.35)
+    lm.circuits[f"openai/second at {chain.providers[1].api_base}"].trip(retry_after=30)
+    time.sleep(0.35)
+    assert ask(lm, "q") == ["Lyon"]
+    assert counts(chain) == [0, 2, 0]
+
+
+def test_a_crowd_sends_one_early_probe(chain):
+    """30 callers, three open circuits, one request; all get its answer or are told when (R52)."""
+    lm = chain(circuit=SOON, max_wait=0, cache=False)
+    for circuit in lm.circuits.values():
+        circuit.trip(retry_after=60)
+    time.sleep(0.35)
+    hold = Hold()
+    for each in chain.providers:
+        each.always(hold)
+    barrier, results = threading.Barrier(30), []
+
+    def body(number):
+        barrier.wait()
+        results.append(seconds_of(lambda: lm(f"q{number}"))[0])
+        if len(results) == 29:
+            hold.release()
+
+    threads = [threading.Thread(target=body, args=(n,)) for n in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sum(counts(chain)) == 1
+    assert sum(isinstance(each, AllTargetsFailedError) for each in results) == 29
+
+
+def test_a_client_without_fallbacks_is_never_early(provider, make, ask):
+    """There is nobody else to leave it alone for: an open circuit refuses (R27)."""
+    lm = make(circuit=SOON, max_wait=0)
+    lm.circuit.trip(retry_after=60)
+    time.sleep(0.35)
+    with pytest.raises(CircuitOpenError):
+        ask(lm, "q")
+    assert provider.count == 0
+
+
+# Throttling.
+
+
+def test_a_pause_that_fits_is_waited_for_and_one_that_does_not_leads_on(chain, ask):
+    """The primary is well: it only asks for a pause (R28)."""
+    lm = chain(deadline=30.0, cache=False)
+    first, *_ = chain.providers
+    first.script(rate_limited("0.2"))
+    assert ask(lm, "q") == ["Paris"]
+    assert counts(chain) == [2, 0, 0]
+    first.script(rate_limited("3600"))
+    answer, seconds = seconds_of(lambda: ask(lm, "q"))
+    assert answer == ["Lyon"]
+    answer, later = seconds_of(lambda: ask(lm, "q"))
+    assert answer == ["Lyon"]
+    assert counts(chain) == [3, 2, 0]  # the second time the primary is not asked
+    assert max(seconds, later) < 1
+    assert lm.circuit.state == "closed"
+
+
+def test_throttled_everywhere_says_when_to_come_back(chain, ask):
+    """Within a second, with the hint as it came (R28)."""
+    for each, hint in zip(chain.providers, ["3600", "1800", "7200"], strict=True):
+        each.always(rate_limited(hint))
+    lm = chain(deadline=30.0)
+    for _ in range(2):
+        error, seconds = seconds_of(lambda: ask(lm, "q"))
+        assert isinstance(error, AllTargetsFailedError)
+        assert error.retry_after == pytest.approx(1800, abs=5)
+        assert seconds < 1
+    assert all(isinstance(each, ThrottledError) for each in error.errors)
+    assert counts(chain) == [1, 1, 1]
+
+
+def test_who_queues_for_a_place_obeys_a_gate_that_closes_meanwhile(provider, make):
+    """The gate is asked again after the queue (R11, R28)."""
+    lm = make(limits=1, cache=False)
+    lm("warm")
+    provider.clear()
+    provider.script(rate_limited("0.6"))
+    provider.latency = 0.05
+    threads = [threading.Thread(target=lm, args=(f"q{n}",)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    first, *later = [request.at for request in provider.requests]
+    assert len(later) == 5
+    assert later[0] - first > 0.6
+    assert leftovers(lm) == {}
+
+
+# Limits.
+
+
+def test_a_full_bulkhead_leads_on_and_is_refused_without_a_fallback(chain, ask):
+    """No queue, no wait: the next target, or LimitExceededError (R52, R53)."""
+    first, *_ = chain.providers
+    full = LimitPolicy(max_concurrent=1, max_queue=0)
+    for options, expected in (({}, ["Lyon"]), ({"fallbacks": ()}, LimitExceededError)):
+        lm = chain(limits=full, cache=False, **options)
+        hold = Hold()
+        first.clear()
+        first.script(hold)
+        holder = threading.Thread(target=lm, args=("held",))
+        holder.start()
+        first.wait_for(1)
+        result, seconds = seconds_of(lambda client=lm: ask(client, "q"))
+        hold.release()
+        holder.join(20)
+        assert result == expected or isinstance(result, expected)
+        assert seconds < 1
+        assert first.count == 1
+        assert leftovers(lm) == {}
+
+
+def test_one_place_makes_a_client_strictly_serial(provider, make):
+    """max_concurrent=1, whoever calls: threads and two loops at once (R53)."""
+    lm = make(limits=1, cache=False)
+    lm("warm")
+    running, most, lock = 0, 0, threading.Lock()
+
+    def answer(body):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        return "Paris"
+
+    provider.answer = answer
+    provider.latency = 0.02
+    provider.clear()
+
+    async def tasks(name):
+        await asyncio.gather(*(lm.acall(f"{name}{n}") for n in range(4)))
+
+    threads = [threading.Thread(target=lm, args=(f"t{n}",)) for n in range(4)]
+    threads += [threading.Thread(target=lambda n=n: asyncio.run(tasks(n))) for n in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    at = sorted(request.at for request in provider.requests)
+    assert len(at) == 12
+    assert min(b - a for a, b in itertools.pairwise(at)) >= 0.02
+    assert leftovers(lm) == {}
+
+
+# A deadline shorter than the wait.
+
+WAITS = ["circuit", "gate", "backoff", "rate", "hint"]
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "with a fallback"])
+def test_a_wait_that_would_overrun_the_deadline_is_not_begun(chain, ask, wait, alone):
+    """Answered by the fallback, or refused, within a second, and told when to come back (R50)."""
+    first, *_ = chain.providers
+    options = {
+        "circuit": {"circuit": FRAGILE},
+        "rate": {"limits": LimitPolicy(rpm=2)},
+        "backoff": {"retry": RetryPolicy(base=1e6, cap=1e6)},
+    }.get(wait, {})
+    if alone:
+        options["fallbacks"] = ()
+    lm = chain(deadline=5.0, max_wait=900, cache=False, **options)
+    match wait:
+        case "circuit":
+            lm.circuit.trip()
+        case "gate":
+            first.script(rate_limited("30"))
+            seconds_of(lambda: ask(lm, "earlier"))
+        case "rate":
+            ask(lm, "earlier")
+        case "backoff":
+            first.always(Status(500))
+        case "hint":
+            first.always(Status(503, retry_after="30"))
+    before = first.count
+    result, seconds = seconds_of(lambda: ask(lm, "q"))
+    assert seconds < 1
+    assert first.count - before == (wait in ("backoff", "hint"))
+    if not alone:
+        assert result == ["Lyon"]
+    elif wait == "backoff":
+        assert isinstance(result, dspy.LMServerError)
+    else:
+        assert isinstance(result, (CallRejectedError, dspy.LMServerError))
+        assert result.retry_after == pytest.approx(30, abs=3)
+    assert leftovers(lm) == {}
+
+
+def test_a_hanging_primary_costs_its_timeout_and_the_fallback_gets_the_rest(chain, ask):
+    """An attempt gets at most what is left of the deadline (R54)."""
+    first, *_ = chain.providers
+    first.always(Hang())
+    lm = chain(deadline=20.0, timeout=0.3, cache=False)
+    assert ask(lm, "q") == ["Lyon"]
+    lm = chain(deadline=0.4, cache=False)
+    error, seconds = seconds_of(lambda: ask(lm, "q"))
+    assert isinstance(error, DeadlineExceededError)
+    assert seconds < 3
+    assert counts(chain) == [2, 1, 0]  # past the deadline nobody else is asked
+    assert [each.outcome for each in error.attempts] == ["timeout"]
+
+
+def test_a_deadline_covers_the_queue_for_a_place(chain, ask):
+    """Whoever waits for a place gives up in time, and leaves no trace (R50, R53)."""
+    first, *_ = chain.providers
+    lm = chain(limits=1, deadline=0.4, cache=False, fallbacks=())
+    lm_patient = lm.copy(deadline=20.0)
+    hold = Hold()
+    first.script(hold)
+    holder = threading.Thread(target=lm_patient, args=("held",))
+    holder.start()
+    first.wait_for(1)
+    error, seconds = seconds_of(lambda: ask(lm, "q"))
+    assert isinstance(error, DeadlineExceededError)
+    assert seconds < 3
+    hold.release()
+    holder.join(20)
+    assert first.count == 1
+    assert leftovers(lm) == {}
+    assert ask(lm_patient, "q") == ["Paris"]
+
+
+# Whoever gives up leaves nothing behind.
+
+STAGES = ["gate", "queue", "rate", "circuit", "backoff", "attempt", "flight"]
+
+
+@pytest.fixture
+def stalled(provider, make):
+    """Build a client whose next call stalls at a stage: (client, what ends the stall)."""
+    cleanups = []
+
+    def build(stage):
+        options = {
+            "queue": {"limits": 1},
+            "rate": {"limits": LimitPolicy(rpm=2)},
+            "circuit": {"circuit": CircuitPolicy(recovery_time=5.0, jitter=0.0)},
+            "backoff": {"retry": RetryPolicy(base=1e4, cap=1e4)},
+        }.get(stage, {})
+        lm = make(cache=stage == "flight", **options)
+        hold = Hold()
+        match stage:
+            case "gate":
+                lm._runtime.routes.find(lm, {}).gate.admit().throttled(5.0)
+            case "queue" | "flight":
+                provider.script(hold)
+                prompt = "q" if stage == "flight" else "held"
+                holder = threading.Thread(target=lm, args=(prompt,))
+                holder.start()
+                provider.wait_for(1)
+                cleanups.append(lambda: (hold.release(), holder.join(20)))
+            case "rate":
+                lm("earlier")
+            case "circuit":
+                lm.circuit.trip()
+            case "backoff":
+                provider.script(Status(500))
+            case "attempt":
+                provider.script(hold)
+                cleanups.append(hold.release)
+        return lm, lambda: [cleanup() for cleanup in cleanups]
+
+    yield build
+    for cleanup in cleanups:
+        cleanup()
+
+
+def wait_until(claim):
+    """Block until `claim()` holds; at most 10 s."""
+    end = time.monotonic() + 10
+    while not claim():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_stalled(lm, provider, stage):
+    route = lm._runtime.routes.find(lm, {})
+    return {
+        "gate": lambda: route.gate._signals.waiting,
+        "queue": lambda: route.limiter.queued,
+        "rate": lambda: route.limiter.queued,
+        "circuit": lambda: route.circuit._signals.waiting,
+        "backoff": lambda: lm.stats().retries,
+        "attempt": lambda: provider.count,
+        "flight": lambda: any(f.waiters for f in list(lm._runtime.flights._flights.values())),
+    }[stage]()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_task_cancelled_at_any_stage_leaves_nothing_behind(provider, stalled, stage):
+    """Neutral, and everything given back at once (R21)."""
+    lm, resume = stalled(stage)
+    before = provider.count
+    task = asyncio.create_task(lm.acall("q"))
+    await asyncio.to_thread(wait_until, lambda: is_stalled(lm, provider, stage))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.to_thread(resume)
+    assert leftovers(lm) == {}
+    assert provider.count - before == (stage in ("backoff", "attempt"))
+    assert lm.circuit.failure_count == (stage == "backoff")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_thread_interrupted_at_any_stage_leaves_nothing_behind(provider, stalled, stage):
+    """Ctrl-C is a cancellation like any other (R21)."""
+    lm, resume = stalled(stage)
+
+    def interrupt():
+        wait_until(lambda: is_stalled(lm, provider, stage))
+        time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        lm("q")
+    resume()
+    assert leftovers(lm) == {}
+    assert lm.circuit.failure_count == (stage == "backoff")
