@@ -11,7 +11,7 @@ from dspy_resilient import CircuitBreaker, CircuitPolicy, CircuitState
 from dspy_resilient.circuit import EarlyProbes
 from dspy_resilient.testing.clock import Clock
 
-POLICY = CircuitPolicy(failure_threshold=1, recovery_time=5.0, jitter=0.0)
+POLICY = CircuitPolicy(failure_threshold=1, recovery_time=5.0, backoff=2.0, jitter=0.0)
 
 
 @pytest.fixture
