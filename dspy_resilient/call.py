@@ -163,6 +163,7 @@ class _Turn:
         retried: Whether one of them was a retry.
         error: How it ended the last time, if it did.
         final: Whether it is not to be asked again.
+        mended: Whether its client was restarted for this call.
         early: Whether its next attempt may be a probe before the time.
     """
 
