@@ -1,0 +1,261 @@
+"""Drills over real HTTP: what a provider goes through, and how many requests reach it meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+
+import dspy
+import pytest
+
+from dspy_resilient import CircuitOpenError, CircuitPolicy, RetryPolicy
+from dspy_resilient.testing import (
+    CutStream,
+    Provider,
+    StallStream,
+    Status,
+    quota_exceeded,
+    rate_limited,
+)
+
+AT_ONCE = RetryPolicy(base=0.0)
+BRIEF = CircuitPolicy(failure_threshold=3, recovery_time=0.3, jitter=0.0)
+QUESTIONS = [f"question {number}" for number in range(12)]
+
+
+@pytest.fixture(params=["sync", "async"])
+def ask_all(request):
+    """Put many questions at once, on threads or on one loop: `ask_all(lm, questions)`."""
+
+    def on_threads(lm, questions, **options):
+        def one(question):
+            try:
+                return lm(question, **options)
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(len(questions)) as pool:
+            return list(pool.map(one, questions))
+
+    def on_a_loop(lm, questions, **options):
+        async def gather():
+            calls = (lm.acall(question, **options) for question in questions)
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        return asyncio.run(gather())
+
+    return on_threads if request.param == "sync" else on_a_loop
+
+
+def outcomes(results):
+    """Return the sorted class names of errors, and "Paris" for answers."""
+    return sorted({type(r).__name__ if isinstance(r, Exception) else r[0] for r in results})
+
+
+# Outages
+
+
+@pytest.mark.parametrize("mode", ["500", "reset", "hang"])
+def test_outage_and_recovery(provider, make, ask, mode):
+    """Three requests find out, one probe per open time looks, two answers close it (R22 to R24)."""
+    lm = make(circuit=BRIEF, num_retries=0, max_wait=0, timeout=0.3 if mode == "hang" else 30)
+    provider.down(mode)
+    for question in QUESTIONS[:3]:
+        with pytest.raises(dspy.LMError):
+            ask(lm, question)
+    for question in QUESTIONS:
+        with pytest.raises(CircuitOpenError):
+            ask(lm, question)
+    assert provider.count == 3
+    time.sleep(lm.circuit.open_remaining)
+    with pytest.raises(dspy.LMError):
+        ask(lm, "probe")
+    with pytest.raises(CircuitOpenError) as refused:
+        ask(lm, "too early")
+    assert provider.count == 4
+    assert 0.3 < refused.value.retry_after <= 0.9
+    provider.up()
+    time.sleep(lm.circuit.open_remaining)
+    assert [ask(lm, question) for question in QUESTIONS] == [["Paris"]] * 12
+    assert provider.count == 16
+    assert lm.circuit.state == "closed"
+
+
+def test_refused_connections_are_an_outage_too(provider, make, ask_all):
+    """Nothing listens: twelve calls at once fail or are refused, and recover together (R22)."""
+    lm = make(circuit=BRIEF, num_retries=0, max_wait=0)
+    provider.down("refuse")
+    assert set(outcomes(ask_all(lm, QUESTIONS))) <= {"CircuitOpenError", "LMServerError"}
+    assert lm.circuit.state == "open"
+    provider.up()
+    lm.max_wait = 10
+    assert outcomes(ask_all(lm, QUESTIONS)) == ["Paris"]
+    assert provider.count == 12
+
+
+def test_crowd_rides_out_an_outage(provider, make, ask_all):
+    """All of a crowd wait for the verdict of single probes, and are answered (R24, R27)."""
+    lm = make(circuit=BRIEF, retry=AT_ONCE, max_wait=20)
+    provider.script(*[Status(503)] * 5)
+    assert outcomes(ask_all(lm, QUESTIONS)) == ["Paris"]
+    assert provider.count <= 12 + 5 + 7  # those that were under way when it opened
+
+
+def test_flapping_provider_answers_every_call(provider, make, ask):
+    """Two good answers, two failures, and so on: retries are enough, and are all it gets (R50)."""
+    lm = make(circuit=BRIEF, retry=AT_ONCE)
+    provider.script(*itertools.islice(itertools.cycle([None, None, Status(500), Status(502)]), 20))
+    assert [ask(lm, question) for question in QUESTIONS] == [["Paris"]] * 12
+    assert provider.count == 12 + 10
+    assert lm.circuit.state == "closed"
+
+
+def test_slow_provider_is_left_alone(provider, make, ask):
+    """Answers that take too long open the circuit, if that was asked for (R22)."""
+    slow = CircuitPolicy(slow_call=0.1, slow_rate=0.8, min_calls=4, recovery_time=0.3, jitter=0.0)
+    lm = make(circuit=slow, max_wait=0)
+    provider.latency = 0.12
+    for question in QUESTIONS[:4]:
+        ask(lm, question)
+    with pytest.raises(CircuitOpenError) as refused:
+        ask(lm, "more")
+    assert refused.value.reason == "slow"
+    assert provider.count == 4
+    provider.latency = 0.0
+    time.sleep(lm.circuit.open_remaining)
+    assert [ask(lm, question) for question in QUESTIONS[4:]] == [["Paris"]] * 8
+    assert lm.circuit.state == "closed"
+
+
+# Rate limits
+
+
+@pytest.mark.parametrize(
+    ("fault", "least"),
+    [
+        (rate_limited("0.3"), 0.3),
+        (Status(429, headers={"retry-after-ms": "300"}), 0.3),
+        (Status(429, headers={"x-ratelimit-reset-requests": "300ms"}), 0.3),
+        (lambda: rate_limited(formatdate(time.time() + 1, usegmt=True)), 0.0),
+        (rate_limited(), 0.1),
+        (rate_limited("soon"), 0.1),
+        (rate_limited("-5"), 0.1),
+        (rate_limited("nan"), 0.1),
+    ],
+    ids=["seconds", "milliseconds", "reset", "date", "none", "nonsense", "negative", "nan"],
+)
+def test_429_is_waited_out(provider, make, ask, fault, least):
+    """One request earns the 429, one the answer; no attempt is used up, nothing opens (R28)."""
+    lm = make(num_retries=0, circuit=CircuitPolicy(failure_threshold=1))
+    provider.script(fault() if callable(fault) else fault)
+    begun = time.monotonic()
+    assert ask(lm, "q") == ["Paris"]
+    assert least <= time.monotonic() - begun < 10
+    assert provider.count == 2
+    assert lm.circuit.state == "closed"
+
+
+def test_pause_of_an_hour_is_told_at_once(provider, make, ask_all):
+    """Of a crowd only those under way get the 429; nobody waits, all learn how long (R28)."""
+    lm = make()
+    provider.always(rate_limited("3600"))
+    begun = time.monotonic()
+    results = ask_all(lm, QUESTIONS)
+    sent = provider.count
+    results += ask_all(lm, QUESTIONS)
+    assert time.monotonic() - begun < 15
+    assert provider.count == sent <= 12
+    assert set(outcomes(results)) == {"LMRateLimitError", "ThrottledError"}
+    assert all(3500 < error.retry_after <= 3600 for error in results)
+
+
+class Limited(Provider):
+    """Answers `most` requests in `seconds`, and tells the others when to come back."""
+
+    def __init__(self, most, seconds):
+        super().__init__("Paris")
+        self._taken, self._most, self._seconds = [], most, seconds
+
+    def _next_fault(self):
+        now = time.monotonic()
+        self._taken = [when for when in self._taken if when > now - self._seconds]
+        if len(self._taken) < self._most:
+            self._taken.append(now)
+            return None
+        return rate_limited(f"{self._taken[0] + self._seconds - now:.3f}")
+
+
+def test_crowd_shares_a_rate_limit():
+    """400 calls on 32 threads, 60 in a time: all answered, and few requests wasted (R28)."""
+    from dspy_resilient import ResilientLM
+
+    with Limited(60, 0.5) as provider:
+        lm = ResilientLM("openai/test", api_base=provider.api_base, api_key="k")
+        with ThreadPoolExecutor(32) as pool:
+            results = list(pool.map(lm, (f"question {number}" for number in range(400))))
+        lm.close()
+    assert results == [["Paris"]] * 400
+    assert provider.count - 400 < 200
+
+
+# Accounts
+
+
+def test_revoked_key_is_tried_three_times(provider, make, ask):
+    """Then nothing more is sent with it, and other keys are none the worse (R26)."""
+    lm = make(max_wait=0)
+    provider.always(Status(401))
+    for question in QUESTIONS[:3]:
+        with pytest.raises(dspy.LMAuthError):
+            ask(lm, question)
+    with pytest.raises(CircuitOpenError) as refused:
+        ask(lm, "more")
+    assert refused.value.reason == "auth"
+    assert provider.count == 3
+    provider.always(None)
+    assert ask(lm, "more", api_key="another key") == ["Paris"]
+    assert lm.circuit.state == "closed"
+
+
+@pytest.mark.parametrize("code", [402, 429, 400])
+def test_empty_account_is_found_out_once(provider, make, ask, code):
+    """One request, whatever status the provider says it with; other keys go on (R26)."""
+    lm = make(max_wait=0)
+    provider.always(quota_exceeded(code))
+    with pytest.raises(dspy.LMError):
+        ask(lm, "q")
+    with pytest.raises(CircuitOpenError) as refused:
+        ask(lm, "more")
+    assert refused.value.reason == "billing"
+    assert provider.count == 1
+    provider.always(None)
+    assert ask(lm, "more", api_key="another key") == ["Paris"]
+    assert provider.count == 2
+
+
+# In the middle of an answer
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_cut_answer_is_asked_for_again(provider, make, ask, how):
+    """Half a body is a failure of the provider, and nobody sees it (R22)."""
+    lm = make(retry=AT_ONCE, circuit=CircuitPolicy(failure_threshold=2, recovery_time=0.1))
+    provider.answer = "Paris is the capital of France"
+    provider.script(CutStream(how=how), CutStream(how=how))
+    assert ask(lm, "q") == ["Paris is the capital of France"]
+    assert provider.count == 3
+    assert lm.circuit.reason == "failures"
+
+
+def test_stalled_answer_is_asked_for_again(provider, make, ask):
+    """A body that stops half-way runs into the client's timeout, and counts (R22)."""
+    lm = make(retry=AT_ONCE, timeout=0.3, circuit=CircuitPolicy(failure_threshold=1))
+    provider.script(StallStream())
+    lm.max_wait = 0
+    with pytest.raises((dspy.LMTimeoutError, CircuitOpenError)):
+        ask(lm, "q")
+    assert provider.count == 1
+    assert lm.circuit.state == "open"
