@@ -21,6 +21,7 @@ from dspy_resilient import providers
 from dspy_resilient.cache import Answer
 from dspy_resilient.circuit import Kind, Outcome, classify
 from dspy_resilient.errors import DeadlineExceededError
+from dspy_resilient.stream import WatchedStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,36 +61,6 @@ def _marked_as_adapters(twin: object, messages: object) -> contextlib.AbstractCo
     return mark
 
 
-class _WatchedStream:
-    """A consumer's stream that notices the first chunk going out, and whether the end came.
-
-    LiteLLM takes a connection that closes early for the end of the answer, and makes up the last
-    chunk. What the provider itself has sent bears its name for the model; the made-up one does not.
-
-    Attributes:
-        emitted: Whether a chunk has reached the consumer.
-        whole: Whether nothing is known to be missing at the end.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.emitted = False
-        self.whole = True
-
-    async def send(self, item: Any) -> None:
-        self.emitted = True
-        origin = getattr(item, "_hidden_params", None)  # only LiteLLM's chunks have it
-        if origin is not None:
-            choices = getattr(item, "choices", None)
-            if choices:
-                ends = choices[0].finish_reason is not None
-                self.whole = ends and "provider_response_model" in origin
-        await self._stream.send(item)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 class Attempt:
     """One request to one target.
 
@@ -121,7 +92,7 @@ class Attempt:
         self._clock = target.runtime.clock
         self._started = target.runtime.begin("attempts")
         self.limit = call.left(self._started)
-        self._stream: _WatchedStream | None = None
+        self._stream: WatchedStream | None = None
         self._record: dict[str, Any] | None = None
         self._verdict: Verdict | None = None
         self._left_behind = False
@@ -220,7 +191,7 @@ class Attempt:
     def _settings(self) -> contextlib.AbstractContextManager[None]:
         settings: dict[str, Any] = {}
         if self.call.streams:
-            self._stream = settings["send_stream"] = _WatchedStream(dspy.settings.send_stream)
+            self._stream = settings["send_stream"] = WatchedStream(dspy.settings.send_stream)
         if dspy.settings.disable_history:
             settings["disable_history"] = False  # the entry tells whether the answer is complete
             self._discard = True
@@ -229,7 +200,7 @@ class Attempt:
     def _take_record(self, twin: Any, entry: dict[str, Any]) -> None:
         """Receive DSPy's history entry, complete it, and pass it on to DSPy."""
         self._record = entry
-        if self._discard:
+        if self._discard or (self._stream is not None and self._stream.flaw):
             return
         entry["kwargs"] = self.call.recorded()
         entry["attempts"] = self.call.attempts
@@ -241,6 +212,8 @@ class Attempt:
             raise dspy.LMServerError(
                 "the provider answered without a single choice", model=self.target.lm.model
             )
+        if self._stream is not None and (flaw := self._stream.flaw):
+            raise dspy.LMStreamAssemblyError(flaw, model=self.target.lm.model)
         return Answer.of(outputs, self._record, target=self.route.label, stored_at=self._clock())
 
     def succeed(self) -> None:

@@ -12,8 +12,11 @@ import pytest
 from dspy_resilient import CircuitPolicy, DeadlineExceededError, RetryPolicy
 from dspy_resilient.testing import (
     CutStream,
+    Empty,
+    Garbage,
     Hang,
     Hold,
+    NoChoices,
     Provider,
     StallStream,
     Status,
@@ -91,8 +94,46 @@ async def test_after_the_first_chunk_nothing_is_replayed(provider, make, is_asyn
     assert lm.circuit.state == "open"
 
 
-async def test_a_stream_that_ends_early_without_an_error_is_not_remembered(provider, make):
-    """LiteLLM makes up an end for a stream cut by a clean EOF; it is not stored (R42)."""
+NOTHING = [CutStream(0, how="eof"), CutStream(0, how="close"), CutStream(0, how="reset")]
+NOTHING += [Empty(), Garbage(), NoChoices()]
+
+
+@pytest.mark.parametrize("fault", NOTHING, ids=repr)
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+async def test_a_stream_that_brings_nothing_is_a_failure_before_output(
+    provider, make, is_async, fault
+):
+    """LiteLLM makes an answer of an empty body or a web page; here it is retried (R14)."""
+    lm = make(retry=AT_ONCE)
+    provider.script(fault)
+    chunks, prediction = await consume(lm, is_async=is_async)
+    assert chunks > 3
+    assert prediction.answer.startswith("one")
+    assert provider.count == 2
+    assert [each.outcome for each in lm.history[-1]["attempts"]] == ["failure", "answer"]
+    assert len(lm.history) == 1
+
+
+@pytest.mark.parametrize("model", ["anthropic/claude-haiku-4-5", "azure/gpt-4o"])
+@pytest.mark.parametrize("how", ["eof", "close", "reset"])
+async def test_a_cut_stream_is_an_error_and_no_short_answer(provider, make, model, how):
+    """Where LiteLLM lets the made-up end be told from the provider's (R14); nothing is stored."""
+    base = provider.base(model.partition("/")[0])
+    options = {"api_version": "2024-06-01"} if model.startswith("azure") else {}
+    lm = make(model, api_base=base, circuit=CircuitPolicy(failure_threshold=1), **options)
+    chunks, prediction = await consume(lm)
+    assert chunks > 3
+    assert prediction.answer == "one two three four five"
+    provider.script(CutStream(8, how=how))
+    with pytest.raises(dspy.LMError):
+        await consume(lm, "another")
+    assert lm.circuit.state == "open"
+    assert len(lm.history) == 1
+    assert lm.stats().stored == 1
+
+
+async def test_where_the_made_up_end_cannot_be_told_the_answer_is_not_remembered(provider, make):
+    """Other servers may send the end along with the last words, and LiteLLM hides it (R42)."""
     lm = make()
     provider.script(CutStream(3, how="eof"))
     with pytest.raises(dspy.AdapterParseError):

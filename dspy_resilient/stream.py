@@ -1,0 +1,74 @@
+"""What can be seen of a streamed answer on its way to the consumer.
+
+This module tells whether anything has reached the consumer, and whether the end that came is the
+provider's. It changes nothing of what goes by, and it retries nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The provider's own chunks carry its name for the model; those that LiteLLM makes up do not.
+_MARK = "provider_response_model"
+# Ends that LiteLLM makes up for a connection that closes early; others it has from the provider.
+_MADE_UP = ("stop", "tool_calls")
+# Formats in which the end is always a chunk of its own, so that one without the mark is made up.
+# Elsewhere LiteLLM also splits the last chunk in two if it has text, and the end loses its mark.
+_ENDS_APART = ("anthropic", "azure")
+
+
+class WatchedStream:
+    """A consumer's stream that notices the first chunk going out, and whether the end came.
+
+    LiteLLM takes a connection that closes early for the end of the answer, and makes up the last
+    chunk; of a body that holds nothing it makes an answer of that chunk alone. That one is kept
+    back, so that somebody else may answer.
+
+    Attributes:
+        emitted: Whether a chunk has reached the consumer.
+        whole: Whether the provider's own end was seen.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._kept_back = False
+        self._cut = False
+        self._marked = False
+        self.emitted = False
+        self.whole = True
+
+    @property
+    def flaw(self) -> str | None:
+        """Why the answer must not be taken for one, or None."""
+        if self._kept_back and not self.emitted:
+            return "the stream ended without a single chunk of the provider's"
+        return "the stream was cut before its end" if self._cut else None
+
+    async def send(self, item: Any) -> None:
+        """Look at a chunk and pass it on."""
+        origin = getattr(item, "_hidden_params", None)  # only LiteLLM's chunks have it
+        choices = getattr(item, "choices", None)
+        if origin is not None and choices:
+            end, marked = choices[0].finish_reason, _MARK in origin
+            made_up = end in _MADE_UP and not marked
+            if made_up and not self.emitted and not choices[0].delta.content:
+                self._kept_back = True
+                self.whole = False
+                return
+            self.whole = marked and end is not None
+            self._cut = made_up and self._marked and _ends_apart(origin)
+            self._marked = self._marked or marked
+        self.emitted = True
+        await self._stream.send(item)
+
+    def __getattr__(self, name: str) -> Any:
+        """Be the stream in everything else."""
+        return getattr(self._stream, name)
+
+
+def _ends_apart(origin: dict[str, Any]) -> bool:
+    provider = origin.get("custom_llm_provider")
+    if provider == "openai":  # many servers speak its format, each in its own way
+        endpoint = origin.get("api_base")
+        return not endpoint or "//api.openai.com" in str(endpoint)
+    return provider in _ENDS_APART

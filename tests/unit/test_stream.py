@@ -1,0 +1,105 @@
+"""What a watched stream makes of the chunks that go by (R14, R42)."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from dspy_resilient.stream import WatchedStream
+
+
+class Consumer:
+    """Takes chunks, and has something of its own."""
+
+    def __init__(self):
+        self.taken = []
+        self.capacity = 3
+
+    async def send(self, item):
+        self.taken.append(item)
+
+
+def chunk(text=None, end=None, *, marked=True, provider="anthropic", api_base=None):
+    choice = SimpleNamespace(finish_reason=end, delta=SimpleNamespace(content=text))
+    origin = {"custom_llm_provider": provider, "api_base": api_base}
+    if marked:
+        origin["provider_response_model"] = "m"
+    return SimpleNamespace(choices=[choice], _hidden_params=origin)
+
+
+def watch(*chunks):
+    consumer = Consumer()
+    stream = WatchedStream(consumer)
+
+    async def send():
+        for each in chunks:
+            await stream.send(each)
+
+    asyncio.run(send())
+    return stream, consumer.taken
+
+
+@pytest.mark.parametrize("end", ["stop", "length", "tool_calls", "content_filter"])
+def test_the_providers_own_end_is_whole(end):
+    stream, taken = watch(chunk("one"), chunk(end=end))
+    assert (stream.whole, stream.flaw, stream.emitted, len(taken)) == (True, None, True, 2)
+
+
+@pytest.mark.parametrize("end", ["stop", "tool_calls"])
+def test_a_made_up_end_after_the_providers_chunks_is_a_cut(end):
+    stream, taken = watch(chunk("one"), chunk(end=end, marked=False))
+    assert (stream.whole, len(taken)) == (False, 2)
+    assert "cut" in stream.flaw
+
+
+@pytest.mark.parametrize("end", ["length", "content_filter"])
+def test_an_end_that_nobody_makes_up_came_from_the_provider(end):
+    """But whether it is all is not known: it is not stored."""
+    stream, _ = watch(chunk("one"), chunk(end=end, marked=False))
+    assert (stream.whole, stream.flaw) == (False, None)
+
+
+@pytest.mark.parametrize("provider", ["gemini", "mistral", "hosted_vllm", "openrouter", None])
+def test_where_the_end_may_come_with_text_nobody_knows(provider):
+    """No error without proof, and no place in the cache either."""
+    chunks = chunk("one", provider=provider), chunk(end="stop", marked=False, provider=provider)
+    stream, _ = watch(*chunks)
+    assert (stream.whole, stream.flaw) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("api_base", "known"),
+    [(None, True), ("https://api.openai.com/v1/", True), ("http://127.0.0.1:8000/v1", False)],
+)
+def test_openais_own_endpoint_is_known_and_other_servers_are_not(api_base, known):
+    base = {"provider": "openai", "api_base": api_base}
+    stream, _ = watch(chunk("one", **base), chunk(end="stop", marked=False, **base))
+    assert (stream.flaw is not None) == known
+
+
+def test_a_litellm_without_marks_proves_nothing():
+    """Older ones have none: a stream of theirs is neither whole nor cut."""
+    stream, _ = watch(chunk("one", marked=False), chunk(end="stop", marked=False))
+    assert (stream.whole, stream.flaw) == (False, None)
+
+
+def test_a_made_up_end_alone_is_kept_back():
+    stream, taken = watch(chunk(end="stop", marked=False))
+    assert (stream.emitted, taken, stream.whole) == (False, [], False)
+    assert "without a single chunk" in stream.flaw
+
+
+def test_an_answer_of_one_chunk_is_an_answer():
+    for only in (chunk("Paris", "stop", marked=False), chunk(end="stop")):
+        stream, taken = watch(only)
+        assert (stream.emitted, taken, stream.flaw) == (True, [only], None)
+
+
+def test_what_is_not_litellms_goes_by():
+    """Chunks of other engines, and whatever a program sends by itself."""
+    things = ["status", SimpleNamespace(choices=[]), object()]
+    stream, taken = watch(*things)
+    assert (taken, stream.whole, stream.flaw) == (things, True, None)
+    assert stream.capacity == 3
