@@ -2,7 +2,7 @@
 
 from dspy_resilient.providers.evidence import Evidence
 from dspy_resilient.providers.leases import Connections
-from dspy_resilient.providers.loops import tend
+from dspy_resilient.providers.loops import async_client, tend
 from dspy_resilient.providers.observer import (
     Sighting,
     ensure_registered,
@@ -13,11 +13,14 @@ from dspy_resilient.providers.observer import (
     unregister,
     watch,
 )
+from dspy_resilient.providers.pool import client
 
 __all__ = [
     "Connections",
     "Evidence",
     "Sighting",
+    "async_client",
+    "client",
     "ensure_registered",
     "load",
     "loaded",

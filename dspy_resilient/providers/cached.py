@@ -47,6 +47,11 @@ def is_lent(client: Any, http: Any) -> bool:
     closer = getattr(cache(), "evicted_client_closer", None)
     is_litellms = getattr(closer, "_is_owned", None)
     if is_litellms is None:  # a LiteLLM that does not keep account
-        made = made_so_far()
-        return http is made.get("aclient_session") or http is made.get("client_session")
+        return is_session(http)
     return not is_litellms(client)
+
+
+def is_session(http: Any) -> bool:
+    """Whether `http` is what the user has told LiteLLM to send everything through."""
+    made = made_so_far()
+    return http is made.get("aclient_session") or http is made.get("client_session")

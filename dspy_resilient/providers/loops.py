@@ -16,11 +16,13 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from dspy_resilient.providers import cached, closing
 from dspy_resilient.providers.leases import count_uses
+from dspy_resilient.providers.making import Configuration
 from dspy_resilient.providers.perloop import Reports, unshare
+from dspy_resilient.providers.pool import pool, pooled
 from dspy_resilient.providers.texts import keep_clients
 
 if TYPE_CHECKING:
@@ -67,8 +69,7 @@ class _Loops:
         tended = None if loop is None else self._tended.get(loop)
         return None if tended is None else tended.reports
 
-    async def tend(self) -> None:
-        loop = asyncio.get_running_loop()
+    def tend(self, loop: Loop) -> None:
         if loop in self._tended:
             return
         with contextlib.suppress(Exception):
@@ -77,7 +78,7 @@ class _Loops:
             with self._changing:
                 self._tended[loop] = tended
             if not getattr(loop, "_asyncgens_shutdown_called", False):  # else asyncio would warn
-                await _start(tended.end)
+                _start(tended.end)
             # LiteLLM's own exit handler forgets the sockets: ours has to be registered after it.
             atexit.unregister(self.sweep)
             atexit.register(self.sweep, exiting=True)
@@ -113,7 +114,7 @@ def _is_over(loop: Loop, exiting: bool) -> bool:
     return loop.is_closed() or (exiting and not loop.is_running())
 
 
-async def _start(generator: AsyncGenerator[None]) -> None:
+def _start(generator: AsyncGenerator[None]) -> None:
     """Run `generator` to its `yield`, known to its loop but not holding it.
 
     A generator keeps the finalizer in use when it starts, and asyncio's belongs to the loop.
@@ -124,7 +125,8 @@ async def _start(generator: AsyncGenerator[None]) -> None:
         started = generator.__anext__()
     finally:
         sys.set_asyncgen_hooks(*hooks)
-    await started
+    with contextlib.suppress(StopIteration):  # it awaits nothing on its way
+        started.__await__().send(None)
 
 
 async def _close_clients(loop: Loop) -> None:
@@ -142,14 +144,20 @@ def _take_clients(loop: Loop, *, busy: bool) -> list[HttpClient]:
     taken = []
     for key, http in _clients(loop):
         if busy or not closing.is_busy(http):
-            cached.forget(key)
+            if key is not None:
+                cached.forget(key)
             taken.append(http)
     return taken
 
 
-def _clients(loop: Loop) -> list[tuple[str, HttpClient]]:
+def _clients(loop: Loop) -> list[tuple[str | None, HttpClient]]:
+    """Return what sends on `loop`, with its key if it is in LiteLLM's cache."""
     mark = f"-{id(loop)}"
-    found = []
+    found: list[tuple[str | None, HttpClient]] = []
+    for client in pool.of_loop(loop):
+        http = closing.http_client_of(client)
+        if http is not None and not http.is_closed and not cached.is_session(http):
+            found.append((None, http))
     for key, client in cached.entries():
         http = closing.http_client_of(client) if key.endswith(mark) else None
         if http is not None and not cached.is_lent(client, http):
@@ -163,14 +171,14 @@ if hasattr(os, "register_at_fork"):
 
 
 async def tend() -> None:
-    """See to it that the running loop's LiteLLM clients are closed when the loop ends (R34).
+    """See to it that the running loop's provider clients are closed when the loop ends (R34).
 
     To be awaited before a request is sent. The first time on a loop it registers the loop and
     cleans up after loops that were closed without `shutdown_asyncgens`, as does the end of the
     process; afterwards it costs one look-up. No other loop's clients are touched, nor one under a
     running request, nor any that a caller has lent to LiteLLM. Never raises.
     """
-    await _loops.tend()
+    _loops.tend(asyncio.get_running_loop())
 
 
 def prepare(litellm: Any) -> None:
@@ -179,3 +187,16 @@ def prepare(litellm: Any) -> None:
         unshare(litellm, _loops.reports)
         count_uses(litellm.in_memory_llm_clients_cache)
         keep_clients(litellm.main)
+
+
+def async_client(provider: str, **configuration: Unpack[Configuration]) -> Any:
+    """Return the one async client for this configuration and the running event loop.
+
+    As `client`, but of the async classes, and closed when its loop ends.
+
+    Raises:
+        RuntimeError: If no event loop is running.
+    """
+    loop = asyncio.get_running_loop()
+    _loops.tend(loop)
+    return pooled(loop, provider, configuration)

@@ -130,18 +130,6 @@ def test_a_client_that_somebody_else_uses_is_left_to_them(provider, make):
     assert clients(provider.url) == []
 
 
-def test_a_closed_client_is_replaced_by_renewing(provider, make):
-    """Whoever closed it: LiteLLM goes on handing it out until then (R60)."""
-    lm = make(cache=False, num_retries=0)
-    lm("?")
-    (client,) = clients(provider.url)
-    client.close()
-    with pytest.raises(Exception, match="Connection error"):
-        lm("?")
-    lm._runtime.connections.renew()
-    assert lm("?") == ["Paris"]
-
-
 def test_what_litellm_drops_is_closed(provider, make):
     """An expired client goes with its last user, not under it (R34)."""
     lm, hold = make(cache=False), Hold()
