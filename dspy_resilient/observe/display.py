@@ -77,8 +77,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 # The rows
 
-_PARTS = ("failed", "refused", "skipped")
-
 
 def _heads(stats: Stats) -> tuple[str, str, str]:
     recent = stats.recent.seconds if stats.recent else 0.0
@@ -94,7 +92,7 @@ def _rows(stats: Stats) -> Iterator[Row]:
     yield from _some(stats, "errors", "ended with an error", of="calls")
     yield _count(stats, "attempts", "requests sent")
     yield from _some(stats, "failures", "failed", of="attempts")
-    yield from _parts(stats, "failed")
+    yield from _parts(stats, "failed", depth=2)
     yield from _some(stats, "retries", "repeated after a pause", of="attempts")
     yield from _some(stats, "rejected", "not sent")
     yield from _parts(stats, "refused")
@@ -126,16 +124,14 @@ def _some(stats: Stats, name: str, label: str, *, of: str = "") -> Iterator[Row]
         yield _count(stats, name, label, of=of)
 
 
-def _parts(stats: Stats, name: str, prefix: str = "") -> Iterator[Row]:
+def _parts(stats: Stats, name: str, prefix: str = "", depth: int = 1) -> Iterator[Row]:
     """Yield a line for each reason among the parts called `name`."""
     recent: Mapping[str, int] = getattr(stats.recent, name, {})
     parts: Mapping[str, int] = getattr(stats, name)
     for reason, count in sorted(parts.items(), key=lambda part: -part[1]):
         label = prefix + reason.replace("_", " ")
         blank = " " * 6
-        yield Row(
-            label, 1 if prefix else 2, f"{count:,}{blank}", f"{recent.get(reason, 0):,}{blank}"
-        )
+        yield Row(label, depth, f"{count:,}{blank}", f"{recent.get(reason, 0):,}{blank}")
 
 
 def _times(stats: Stats) -> Iterator[Row]:

@@ -123,14 +123,14 @@ def test_the_table_shows_parts_times_and_savings():
     """What went wrong, how long answers took, and what was not paid for."""
     text = str(NUMBERS)
     for words in (
-        r"    failure +15",
-        r"    timeout +5",
+        r"^    failure +15",
+        r"^    timeout +5",
         r"not kept: truncated +2",
         r"half answered within +\d\.\d s +-",
         r"tokens saved +12,345",
         r"dollars saved +0\.5000",
     ):
-        assert re.search(words, text), words
+        assert re.search(words, text, flags=re.MULTILINE), words
 
 
 def test_html_and_text_say_the_same():
