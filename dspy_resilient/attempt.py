@@ -280,7 +280,10 @@ class Attempt:
     def arrive_late(self, answer: Answer) -> None:
         """Report an answer whose caller has given up, and keep it for the next one."""
         self.succeed()
-        self.target.runtime.store(self.target.key(self.call), answer, whole=self.whole)
+        runtime = self.target.runtime
+        runtime.store(self.target.key(self.call), answer, whole=self.whole)
+        if answer.key:
+            runtime.cache.save(answer)
 
     def fail_late(self, error: BaseException) -> None:
         """Report a failure whose caller has given up."""

@@ -3,8 +3,8 @@
     cache -> single-flight -> for each target: retry( gate -> limits -> circuit -> send ) -> store
 
 `complete` is that line as a generator. It decides and never waits: whatever takes time is yielded
-as a step (`Wait`, `Prepare`, or an attempt to send) and performed by one of the two drivers in
-`drive.py`, which hand the result, or throw the error, back in. Errors, cancellation and Ctrl-C
+as a step (`Wait`, `Prepare`, `Disk`, or an attempt to send) and performed by one of the two drivers
+in `drive.py`, which hand the result, or throw the error, back in. Errors, cancellation and Ctrl-C
 arrive at the `yield` that was under way. No lock and no context token is held across a `yield`.
 """
 
@@ -14,6 +14,7 @@ import math
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from dspy_resilient.cache import Failed, Landed, Waiter, usable
@@ -38,7 +39,7 @@ from dspy_resilient.events import (
 from dspy_resilient.supervision import broke_state
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterator, Mapping
 
     from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer, Lead
@@ -66,8 +67,15 @@ class Prepare:
     """Step: do what the first attempt of a process needs (import LiteLLM), off every clock."""
 
 
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Step: do `work`, which reads or writes a file; its result is handed back."""
+
+    work: Callable[[], Any]
+
+
 if TYPE_CHECKING:
-    Steps: TypeAlias = Generator[Wait | Prepare | Attempt, Any, T]
+    Steps: TypeAlias = Generator[Wait | Prepare | Disk | Attempt, Any, T]
 
 
 class AttemptSummary(NamedTuple):
@@ -179,23 +187,36 @@ class _Turn:
 def complete(call: Call, client: Runtime) -> Steps[Served]:
     """Answer `call`: from the cache, from an identical call under way, or from a target."""
     client.check_open()
-    if call.key is not None and (hit := client.cache.get(call.key)) is not None:
-        _announce_hit(client, hit)
-        return Served(hit, hit=True)
+    if call.key is not None:
+        hit = client.cache.recall(call.key) or (yield from _load(client, call.key))
+        if hit is not None:
+            _announce_hit(client, hit)
+            return Served(hit, hit=True)
     if not client.ready() and any(target.needs_litellm for target in call.every_target()):
         yield Prepare()
     call.deadline = client.clock() + call.budget
     try:
-        return (yield from _supervise(call, client))
+        served = yield from _supervise(call, client)
     except Exception as error:
         if call.key is not None and _excuses_stale(error):
-            stale = client.cache.get_stale(call.key)
+            stale = yield Disk(partial(client.cache.get_stale, call.key))
             if stale is not None:
                 _announce_hit(client, stale, stale=True)
                 return Served(stale, hit=True, stale=True)
         with suppress(AttributeError):
             error.attempts = tuple(call.attempts)  # type: ignore[attr-defined]  # ours to attach
         raise
+    if served.answer.key and not served.hit and client.cache.has_disk:
+        yield Disk(partial(client.cache.save, served.answer))  # those who waited have it by now
+    return served
+
+
+def _load(client: Runtime, key: str) -> Steps[Answer | None]:
+    """Return the answer that is not in memory but on disk, or None."""
+    if not client.cache.has_disk:
+        return None
+    answer: Answer | None = yield Disk(partial(client.cache.load, key))
+    return answer
 
 
 def _supervise(call: Call, client: Runtime) -> Steps[Served]:
@@ -352,7 +373,8 @@ def _ask_targets(
             if error is not None and (before or turn is not turns[0]):
                 _announce_fallback(client, turn, error)
                 key = turn.target.key(call)
-                if key is not None and (hit := client.cache.get(key)) is not None:
+                hit = key and (client.cache.recall(key) or (yield from _load(client, key)))
+                if hit:
                     _announce_hit(client, hit)
                     return Served(hit, hit=True)
             try:

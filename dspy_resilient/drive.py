@@ -16,7 +16,8 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dspy_resilient import providers
-from dspy_resilient.call import Prepare, Wait
+from dspy_resilient.call import Disk, Prepare, Wait
+from dspy_resilient.clerk import Clerk
 
 if TYPE_CHECKING:
     from dspy_resilient.attempt import Attempt
@@ -32,6 +33,7 @@ def on_a_loop() -> bool:
 
 
 _LONGEST_WAIT = threading.TIMEOUT_MAX
+_clerk = Clerk()
 
 
 def run(steps: Steps[T]) -> T:
@@ -70,11 +72,13 @@ async def arun(steps: Steps[T]) -> T:
             resume = steps.send
 
 
-def _perform(step: Wait | Prepare | Attempt) -> Any:
+def _perform(step: Wait | Prepare | Disk | Attempt) -> Any:
     if isinstance(step, Wait):
         return _wait(step)
     if isinstance(step, Prepare):
         return providers.load()
+    if isinstance(step, Disk):
+        return step.work()
     if step.call.streams:
         from anyio import from_thread  # noqa: PLC0415  # a DSPy sync stream runs in AnyIO's thread
 
@@ -84,11 +88,13 @@ def _perform(step: Wait | Prepare | Attempt) -> Any:
     return step.run() if math.isinf(step.limit) else _attempt_in_thread(step)
 
 
-async def _aperform(step: Wait | Prepare | Attempt) -> Any:
+async def _aperform(step: Wait | Prepare | Disk | Attempt) -> Any:
     if isinstance(step, Wait):
         return await _await(step)
     if isinstance(step, Prepare):
         return await asyncio.to_thread(providers.load)
+    if isinstance(step, Disk):
+        return await _await(Wait(_clerk.do(step.work)))
     return await (_attempt(step) if math.isinf(step.limit) else _attempt_within(step))
 
 

@@ -156,7 +156,7 @@ class Runtime:
         return self.random() * longest
 
     def store(self, key: str | None, answer: Answer, *, whole: bool = True) -> None:
-        """Keep `answer` under `key` if it may be stored (R42); `whole` if its end was seen."""
+        """Keep `answer` in memory if it may be stored (R42); `whole` if its end was seen."""
         if key is None:
             return
         store_if = self.options.cache.store_if
@@ -165,7 +165,7 @@ class Runtime:
         else:
             reason = None if self._ask(store_if, answer) else "store_if"
         if reason is None:
-            self.cache.put(key, answer)
+            self.cache.keep(key, answer)
         else:
             self.tally.add(f"skipped:{reason}")
 
@@ -247,6 +247,7 @@ class Runtime:
             client=self.name,
             seconds=self.clock() - self._made_at,
             hits=cache.hits,
+            misses=cache.misses,
             stale=cache.stale,
             stored=cache.stored,
             evicted=cache.evicted,

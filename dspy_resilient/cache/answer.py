@@ -30,6 +30,7 @@ class Answer:
         tokens: Tokens the provider counted for it: what a hit saves. 0 if unknown.
         key: Key it is stored under, for whoever has to evict it. "" if it is not stored.
         size: Bytes it takes in memory, by estimate; 0 where nobody asked.
+        is_evicted: Whether somebody has evicted it since it was stored.
         is_marked: Whether the response in the record bears the mark of a hit.
     """
 
@@ -40,6 +41,7 @@ class Answer:
     tokens: int = 0
     key: str = ""
     size: int = 0
+    is_evicted: bool = False
     is_marked: bool = False
 
     @classmethod

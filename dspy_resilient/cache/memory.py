@@ -113,12 +113,27 @@ class ResponseCache:
             return len(self._entries)
 
     def get(self, key: str) -> Answer | None:
-        """Return the fresh answer stored under `key`, or None."""
+        """Return the fresh answer stored under `key`, or None: `recall`, then `load`."""
+        answer = self.recall(key)
+        return answer if answer is not None or not self.has_disk else self.load(key)
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether there is a folder, as far as is known before the first use."""
+        return self._disk is not None
+
+    def recall(self, key: str) -> Answer | None:
+        """Return the fresh answer in memory, or None; what follows on a miss is `load`."""
         with self._lock:
             answer = self._entries.get(key)
             if answer is not None and self._is_fresh(answer):
                 self._counts["hits"] += 1
                 return answer
+            self._counts["misses"] += self._disk is None
+        return None
+
+    def load(self, key: str) -> Answer | None:
+        """Return the fresh answer on disk, or None, after `recall` has found nothing. Blocks."""
         answer = self._from_disk(key)
         if answer is not None and not self._is_fresh(answer):
             answer = None
@@ -155,34 +170,45 @@ class ResponseCache:
         return answer
 
     def put(self, key: str, answer: Answer) -> None:
-        """Store `answer` under `key`, on disk too if there is a folder.
+        """Store `answer` under `key`: `keep`, then `save`."""
+        self.keep(key, answer)
+        self.save(answer)
 
-        Marks the answer with key and time, so one answer belongs under one key. Writes the file
-        before it returns.
+    def keep(self, key: str, answer: Answer) -> None:
+        """Store `answer` under `key` in memory; what follows is `save`.
+
+        Marks the answer with key and time, so one answer belongs under one key.
         """
         answer.key = key
         answer.stored_at = self._clock()
         if self._policy.max_bytes is not None:
             answer.size = _weight(answer)
         with self._lock:
-            evictions = self._evictions
             self._counts["stored"] += 1
             self._remember(answer)
+
+    def save(self, answer: Answer) -> None:
+        """Write an answer that is kept, and not evicted since, to disk if there is one. Blocks."""
         disk = self._opened_disk()
-        if disk is not None and disk.put(key, answer) and evictions != self._evictions:
-            disk.evict(key)  # perhaps it was evicted while it was being written
+        if disk is not None and not answer.is_evicted and disk.put(answer.key, answer):
+            self._undo_if_evicted(disk, answer)
 
     def evict(self, key: str) -> None:
         """Forget the answer stored under `key`, if there is one."""
         with self._lock:
             self._evictions += 1
-            self._entries.pop(key, None)
+            answer = self._entries.pop(key, None)
+            if answer is not None:
+                answer.is_evicted = True
         disk = self._opened_disk()
         if disk is not None:
             disk.evict(key)
 
     def clear(self) -> None:
         """Forget every answer, also those that the folder keeps for other processes."""
+        with self._lock:
+            for answer in self._entries.values():
+                answer.is_evicted = True
         self.close()
         disk = self._opened_disk()
         if disk is not None:
@@ -251,6 +277,11 @@ class ResponseCache:
     def _disk_at(self, folder: str) -> DiskCache:
         limit = self._policy.disk_bytes
         return DiskCache(folder, limit_bytes=limit, clock=self._clock, wall=self._wall)
+
+    def _undo_if_evicted(self, disk: DiskCache, answer: Answer) -> None:
+        """Remove the file of an answer that was evicted while it was being written."""
+        if answer.is_evicted:
+            disk.evict(answer.key)
 
     def _from_disk(self, key: str) -> Answer | None:
         """Return the answer on disk, now in memory too, unless it has expired for good."""

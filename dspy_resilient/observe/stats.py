@@ -67,6 +67,7 @@ class Stats:
         seconds: Time that the numbers cover.
         calls: Calls made by users.
         hits: Calls answered from the cache.
+        misses: Look-ups for which the cache had no answer.
         stale: Hits that were past their ttl.
         coalesced: Calls answered by an identical one that was under way.
         errors: Calls that ended with an error.
@@ -91,6 +92,7 @@ class Stats:
     seconds: float = field(default=0.0, compare=False)
     calls: int = 0
     hits: int = 0
+    misses: int = 0
     stale: int = 0
     coalesced: int = 0
     errors: int = 0

@@ -139,7 +139,7 @@ def test_slow_provider_is_left_alone(provider, make, ask):
         (rate_limited("0.3"), 0.3),
         (Status(429, headers={"retry-after-ms": "300"}), 0.3),
         (Status(429, headers={"x-ratelimit-reset-requests": "300ms"}), 0.3),
-        (lambda: rate_limited(formatdate(time.time() + 1, usegmt=True)), 0.0),
+        (lambda: rate_limited(formatdate(time.time() + 1, usegmt=True)), 0.0),  # noqa: TID251
         (rate_limited(), 0.1),
         (rate_limited("soon"), 0.1),
         (rate_limited("-5"), 0.1),
