@@ -18,6 +18,8 @@ import pytest
 from dspy_resilient import ResilientLM
 from dspy_resilient.testing import Provider
 
+pytest_plugins = ["dspy_resilient.testing.fixtures"]
+
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
 hypothesis.settings.register_profile(
     "ci",
@@ -53,10 +55,10 @@ def _dspy_cache_untouched():
 
 
 @pytest.fixture
-def provider():
+def provider(provider):
     """A local provider that answers "Paris" until told otherwise."""
-    with Provider("Paris") as running:
-        yield running
+    provider.answer = "Paris"
+    return provider
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@
         provider.down()
         provider.up()
 
-Standard library only; nothing runs at import, and nothing is left after `stop()`.
+Standard library only; nothing runs at import, and nothing is left after `stop()`. Fixtures for pytest
+are in `dspy_resilient.testing.fixtures`.
 """
 
 from __future__ import annotations
