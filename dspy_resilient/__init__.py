@@ -6,6 +6,7 @@ shared it.
 """
 
 from dspy_resilient.circuit import CircuitBreaker, CircuitState
+from dspy_resilient.clients import Clients
 from dspy_resilient.errors import (
     AllTargetsFailedError,
     CallRejectedError,
@@ -17,6 +18,7 @@ from dspy_resilient.errors import (
     RestartLimitError,
     ThrottledError,
 )
+from dspy_resilient.health import Health, HealthState
 from dspy_resilient.lm import ResilientLM
 from dspy_resilient.policies import CachePolicy, CircuitPolicy, LimitPolicy, RetryPolicy
 
@@ -29,7 +31,10 @@ __all__ = [
     "CircuitPolicy",
     "CircuitState",
     "ClientClosedError",
+    "Clients",
     "DeadlineExceededError",
+    "Health",
+    "HealthState",
     "LimitExceededError",
     "LimitPolicy",
     "ResilienceError",

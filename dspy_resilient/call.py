@@ -24,6 +24,7 @@ from dspy_resilient.errors import (
     CallRejectedError,
     CircuitOpenError,
     DeadlineExceededError,
+    LimitExceededError,
     ResilienceError,
     RestartLimitError,
     ThrottledError,
@@ -380,7 +381,7 @@ def _ask_targets(
             try:
                 return (yield from _ask(call, client, turn, lead))
             except Exception as failure:
-                if not _leads_on(failure, kept_for) or call.left(client.clock()) <= 0:
+                if not _leads_on(failure, kept_for) or _is_over(call, client):
                     raise
                 turn.error = error = failure
                 turn.final = not isinstance(failure, CircuitOpenError)
@@ -391,6 +392,11 @@ def _ask_targets(
         blocked = [turn.target.route(call) for turn in turns if not turn.final]
         if not blocked or not (yield from _outwait(call, client, blocked)):
             raise _nobody_answered(client, turns)
+
+
+def _is_over(call: Call, client: Runtime) -> bool:
+    """Whether nothing may be sent for this call any more, to whatever target."""
+    return call.left(client.clock()) <= 0 or client.under_way.ended
 
 
 def _leads_on(error: Exception, kept_for: Kind | None) -> bool:
@@ -535,6 +541,7 @@ def _take(call: Call, client: Runtime, attempt: Attempt, answer: Answer) -> Serv
 def _clear_the_way(call: Call, client: Runtime, turn: _Turn, route: Route) -> Steps[Attempt]:
     """Gate, then limits, then circuit: what waits comes first, so that no permit waits (R11)."""
     target = turn.target
+    client.under_way.check()
     refusal = target.routes.supervisor.refusal()
     if refusal is not None:
         raise _rejected(client, route, refusal)
@@ -648,11 +655,10 @@ def _take_slot(
             if slot.granted:
                 break
             slot.leave(sent=False)  # the client was restarted: queue anew
-    except CallRejectedError as error:
-        passage.release()
-        raise _rejected(client, route, error) from None
-    except BaseException:
+    except BaseException as error:
         _release(passage, slot)
+        if isinstance(error, LimitExceededError):
+            raise _rejected(client, route, error) from None
         raise
     return slot
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
-import functools
 import math
 import threading
-import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dspy_resilient import providers
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer
     from dspy_resilient.call import Steps
+    from dspy_resilient.underway import Running, UnderWay
 
 T = TypeVar("T")
 
@@ -34,10 +34,11 @@ def on_a_loop() -> bool:
 
 _LONGEST_WAIT = threading.TIMEOUT_MAX
 _clerk = Clerk()
+_UNWINDING = 5.0
 
 
-def run(steps: Steps[T]) -> T:
-    """Drive `steps` to the end on this thread and return its result."""
+def run(steps: Steps[T], running: Running) -> T:
+    """Drive `steps` to the end on this thread and return its result; what ends it ends `running`."""
     resume: Any = steps.send
     value: Any = None
     while True:
@@ -47,15 +48,15 @@ def run(steps: Steps[T]) -> T:
             result: T = end.value
             return result
         try:
-            value = _perform(step)
+            value = _perform(step, running)
         except BaseException as error:  # noqa: BLE001  # every kind belongs to the generator
             resume, value = steps.throw, error
         else:
             resume = steps.send
 
 
-async def arun(steps: Steps[T]) -> T:
-    """Drive `steps` to the end on the running loop and return its result."""
+async def arun(steps: Steps[T], running: Running) -> T:
+    """Drive `steps` to the end on the running loop and return its result, as `run` does."""
     resume: Any = steps.send
     value: Any = None
     while True:
@@ -65,65 +66,73 @@ async def arun(steps: Steps[T]) -> T:
             result: T = end.value
             return result
         try:
-            value = await _aperform(step)
+            value = await _aperform(step, running)
         except BaseException as error:  # noqa: BLE001  # every kind belongs to the generator
             resume, value = steps.throw, error
         else:
             resume = steps.send
 
 
-def _perform(step: Wait | Prepare | Disk | Attempt) -> Any:
+def see_off(calls: UnderWay, grace: float) -> Steps[None]:
+    """Let the calls of a client that is being closed go on for `grace` seconds, then end them."""
+    idle = calls.idle()
+    yield Wait(idle, grace)
+    calls.end()
+    yield Wait(idle, _UNWINDING)
+
+
+def _perform(step: Wait | Prepare | Disk | Attempt, running: Running) -> Any:
     if isinstance(step, Wait):
-        return _wait(step)
+        return _wait(step, running)
     if isinstance(step, Prepare):
         return providers.load()
     if isinstance(step, Disk):
         return step.work()
+    may_leave = math.isfinite(step.limit) or running.calls.are_endable
     if step.call.streams:
         from anyio import from_thread  # noqa: PLC0415  # a DSPy sync stream runs in AnyIO's thread
 
-        if math.isfinite(step.limit):
-            return from_thread.run(functools.partial(_attempt_within, step))
+        if may_leave:
+            return from_thread.run(_attempt_within, step, running)
         from_thread.run(providers.tend)
-    return step.run() if math.isinf(step.limit) else _attempt_in_thread(step)
+    return _attempt_in_thread(step, running) if may_leave else step.run()
 
 
-async def _aperform(step: Wait | Prepare | Disk | Attempt) -> Any:
+async def _aperform(step: Wait | Prepare | Disk | Attempt, running: Running) -> Any:
     if isinstance(step, Wait):
-        return await _await(step)
+        return await _await(step, running)
     if isinstance(step, Prepare):
         return await asyncio.to_thread(providers.load)
     if isinstance(step, Disk):
-        return await _await(Wait(_clerk.do(step.work)))
-    return await (_attempt(step) if math.isinf(step.limit) else _attempt_within(step))
+        return await _await(Wait(_clerk.do(step.work)), running)
+    return await _attempt_within(step, running)
 
 
-def _wait(step: Wait) -> Any:
-    if step.future is None:
-        return time.sleep(step.seconds)
-    try:
-        return step.future.result(None if step.seconds > _LONGEST_WAIT else step.seconds)
-    except concurrent.futures.TimeoutError:
-        return None
+def _wait(step: Wait, running: Running) -> Any:
+    woken = threading.Event()
+    if step.future is not None:
+        step.future.add_done_callback(lambda _: woken.set())
+    with running.ended_by(woken.set):
+        woken.wait(None if step.seconds > _LONGEST_WAIT else max(step.seconds, 0.0))
+    running.calls.check()
+    return step.future.result() if step.future is not None and step.future.done() else None
 
 
-async def _await(step: Wait) -> Any:
-    if step.future is None:
-        return await asyncio.sleep(step.seconds)
+async def _await(step: Wait, running: Running) -> Any:
     loop = asyncio.get_running_loop()
     woken: asyncio.Event = asyncio.Event()
 
-    def wake(_: object) -> None:
+    def wake(_: object = None) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(woken.set)
 
-    step.future.add_done_callback(wake)
-    try:
+    if step.future is not None:
+        step.future.add_done_callback(wake)
+    with suppress(TimeoutError), running.ended_by(wake):
         async with asyncio.timeout(None if math.isinf(step.seconds) else step.seconds):
             await woken.wait()
-    except TimeoutError:
-        return None
-    return step.future.result()
+    running.calls.check()
+    return step.future.result() if step.future is not None and step.future.done() else None
 
 
 async def _attempt(attempt: Attempt) -> Answer:
@@ -131,20 +140,28 @@ async def _attempt(attempt: Attempt) -> Answer:
     return await attempt.arun()
 
 
-async def _attempt_within(attempt: Attempt) -> Answer:
-    """Run `attempt` under its time limit; past it the attempt is cancelled."""
-    limit = asyncio.timeout(attempt.limit)
+async def _attempt_within(attempt: Attempt, running: Running) -> Answer:
+    """Run `attempt` under its time limit; past it, or when it is ended, the attempt is cancelled."""
+    loop = asyncio.get_running_loop()
+    limit = asyncio.timeout(None if math.isinf(attempt.limit) else attempt.limit)
     try:
         async with limit:
-            return await _attempt(attempt)
+            with running.ended_by(lambda: loop.call_soon_threadsafe(_expire, limit)):
+                return await _attempt(attempt)
     except TimeoutError:
         if limit.expired():
+            running.calls.check()
             raise attempt.out_of_time() from None
         raise
 
 
-def _attempt_in_thread(attempt: Attempt) -> Answer:
-    """Run `attempt` on a daemon thread of its own and leave it behind when the time is up.
+def _expire(limit: asyncio.Timeout) -> None:
+    with suppress(RuntimeError):  # it is over by now
+        limit.reschedule(0.0)
+
+
+def _attempt_in_thread(attempt: Attempt, running: Running) -> Answer:
+    """Run `attempt` on a daemon thread of its own; leave it behind at the time limit, or when ended.
 
     Never a pool: a pool's hung thread holds up the interpreter's exit. The thread carries the
     caller's context. Whoever comes second finds the future taken: an answer that arrives too late
@@ -169,11 +186,16 @@ def _attempt_in_thread(attempt: Attempt) -> Answer:
 
     threading.Thread(target=body, name=f"attempt:{attempt.label}", daemon=True).start()
     try:
-        return future.result(attempt.limit)
+        with running.ended_by(future.cancel):
+            return future.result(None if math.isinf(attempt.limit) else attempt.limit)
     except concurrent.futures.TimeoutError:
         if future.cancel():
             raise attempt.leave_behind() from None
         return future.result()
+    except concurrent.futures.CancelledError:
+        attempt.leave_behind()
+        running.calls.check()
+        raise
     except BaseException:
         future.cancel()
         raise

@@ -23,6 +23,7 @@ from dspy_resilient.cache import disk_folder, tenant_of
 from dspy_resilient.call import Call, Served, complete
 from dspy_resilient.events import CallFinished
 from dspy_resilient.fallbacks import Fallbacks
+from dspy_resilient.health import Health, health_of
 from dspy_resilient.history import entry_of_hit
 from dspy_resilient.observe.stats import Stats
 from dspy_resilient.options import (
@@ -36,7 +37,7 @@ from dspy_resilient.options import (
     refuse_stream,
     refuse_to_copy,
 )
-from dspy_resilient.policies import CachePolicy
+from dspy_resilient.policies import CachePolicy, number
 from dspy_resilient.route import endpoint_of, setting
 from dspy_resilient.runtime import Runtime
 from dspy_resilient.saving import (
@@ -49,6 +50,7 @@ from dspy_resilient.saving import (
     savable,
 )
 from dspy_resilient.target import Target, key_of
+from dspy_resilient.underway import UnderWay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -254,7 +256,8 @@ class ResilientLM(dspy.LM):
     def _complete(self, call: Call) -> Any:
         started = self._runtime.begin("calls")
         try:
-            served = drive.run(complete(call, self._runtime))
+            with self._runtime.under_way.call() as running:
+                served = drive.run(complete(call, self._runtime), running)
         except BaseException as error:
             self._finished(call, started, error=error)
             raise
@@ -263,7 +266,8 @@ class ResilientLM(dspy.LM):
     async def _acomplete(self, call: Call) -> Any:
         started = self._runtime.begin("calls")
         try:
-            served = await drive.arun(complete(call, self._runtime))
+            with self._runtime.under_way.call() as running:
+                served = await drive.arun(complete(call, self._runtime), running)
         except BaseException as error:
             self._finished(call, started, error=error)
             raise
@@ -545,15 +549,48 @@ class ResilientLM(dspy.LM):
         self._runtime.check_open()
         self._runtime.restart()
 
-    def close(self) -> None:
-        """Refuse further calls and release what this client owns; copies are the same client."""
-        self._runtime.close()
+    def close(self, grace: float | None = None) -> None:
+        """Refuse further calls and release what this client owns; copies are the same client.
+
+        Idempotent, and safe while calls run. On a thread whose event loop is running it does not
+        wait, for the loop could not go on meanwhile: use `aclose` there.
+
+        Args:
+            grace: Seconds for which calls under way may go on. What is left then ends with
+                ClientClosedError; only a sync call that is in a request without a deadline ends
+                with that request. None: they go on for as long as they need.
+        """
+        number(_ME, "grace", grace, optional=True)
+        self.refuse_calls()
+        runtime = self._runtime
+        if grace is not None and drive.on_a_loop():
+            runtime.under_way.end()
+        elif grace is not None:
+            drive.run(drive.see_off(runtime.under_way, grace), UnderWay().call())
+        runtime.close()
         super().close()
 
-    async def aclose(self) -> None:
-        """Do as `close` does, and close this event loop's connections too."""
-        self._runtime.close()
+    async def aclose(self, grace: float | None = None) -> None:
+        """Do as `close` does, without blocking, and close this event loop's connections too."""
+        number(_ME, "grace", grace, optional=True)
+        self.refuse_calls()
+        runtime = self._runtime
+        if grace is not None:
+            await drive.arun(drive.see_off(runtime.under_way, grace), UnderWay().call())
+        runtime.close()
         await super().aclose()
+
+    def refuse_calls(self) -> None:
+        """Refuse further calls with ClientClosedError, as the first step of closing."""
+        self._runtime.closed = True
+
+    def run_attempts_apart(self) -> None:
+        """Run each sync attempt on a thread of its own, so that its caller can be let go."""
+        self._runtime.under_way.are_endable = True
+
+    def health(self) -> Health:
+        """Return whether calls would be answered at present, and how many are under way."""
+        return health_of(self._runtime, self.model, self._runtime.routes.find(self, {}))
 
     def __enter__(self) -> Self:
         """Return the client; it is closed at the end of the block."""

@@ -22,6 +22,7 @@ from dspy_resilient.limits import Limiter
 from dspy_resilient.observe import LastMinute, Stats, Tally
 from dspy_resilient.observe.latency import duration
 from dspy_resilient.route import Routes
+from dspy_resilient.underway import UnderWay
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +80,7 @@ class Runtime:
         self._minute = LastMinute()
         self._zero: Stats | None = None
         self.connections = providers.Connections()
+        self.under_way = UnderWay(options.name)
         self.flights = self._new_flights()
         self.cache = ResponseCache(options.cache, clock=clock, folder=folder)
         shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
@@ -234,9 +236,10 @@ class Runtime:
         self.emit(ClientRestarted, target, **facts)
 
     def close(self) -> None:
-        """Refuse further calls and release the cache."""
+        """Refuse further calls, release the cache, and close the connections that nobody uses."""
         self.closed = True
         self.cache.close()
+        self.connections.renew()
 
     def totals(self) -> Stats:
         """Return everything counted since the client was made."""

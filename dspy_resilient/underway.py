@@ -1,0 +1,129 @@
+"""The calls of a client that are under way: how many, when the last has ended, and how to end them.
+
+A client that is being closed lets its calls finish for a while and then ends what is left. A call
+is ended in the step it is in, so that it leaves nothing behind: its driver says, for each step that
+takes time, what would end it. This module ends nothing by itself and waits for nothing.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Self
+
+from dspy_resilient.errors import ClientClosedError
+from dspy_resilient.fork import renew_after_fork
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class UnderWay:
+    """The calls of one client that are under way; safe for threads, event loops and forks.
+
+    Attributes:
+        are_endable: Whether sync attempts run on threads of their own, so that their callers need
+            not wait for them. (Else a sync attempt ends when its request does.)
+        ended: Whether the calls have been told to end.
+    """
+
+    def __init__(self, client: str = "") -> None:
+        """Begin with none.
+
+        Args:
+            client: Name of the client, for errors.
+        """
+        self.are_endable = False
+        self.ended = False
+        self._client = client
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Forget, in a forked child, what only its parent has under way."""
+        self._running: set[Running] = set()
+        self._idle: Future[None] | None = None
+
+    def __len__(self) -> int:
+        """Return how many calls are under way."""
+        return len(self._running)
+
+    def call(self) -> Running:
+        """Return a call, which is under way in its `with` block."""
+        return Running(self)
+
+    def idle(self) -> Future[None]:
+        """Return a future that is done once no call is under way. Nobody must begin one any more."""
+        idle = self._idle
+        if idle is None:
+            idle = self._idle = Future()
+            idle.set_running_or_notify_cancel()
+        self._look()
+        return idle
+
+    def end(self) -> None:
+        """Have all calls end at once with ClientClosedError, and all that begin later."""
+        self.ended = True
+        for each in list(self._running):
+            each.end()
+
+    def check(self) -> None:
+        """Raise ClientClosedError if the calls have been told to end."""
+        if self.ended:
+            raise ClientClosedError(
+                f"client {self._client!r} was closed before the call had finished",
+                client=self._client,
+            )
+
+    def add(self, running: Running) -> None:
+        """Note that a call has begun."""
+        self._running.add(running)
+
+    def discard(self, running: Running) -> None:
+        """Note that a call has ended."""
+        self._running.discard(running)
+        if self._idle is not None:
+            self._look()
+
+    def _look(self) -> None:
+        idle = self._idle
+        if idle is not None and not self._running:
+            with suppress(Exception):  # another thread has just said so
+                idle.set_result(None)
+
+
+class Running:
+    """One call under way."""
+
+    __slots__ = ("_end", "calls")
+
+    def __init__(self, calls: UnderWay) -> None:
+        """Belong to `calls`, which alone makes them."""
+        self.calls = calls
+        self._end: Callable[[], object] | None = None
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self.calls.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        self.calls.discard(self)
+
+    @contextmanager
+    def ended_by(self, end: Callable[[], object]) -> Iterator[None]:
+        """Do something that `end`, called on any thread, breaks off; not at all if it is too late."""
+        self._end = end
+        try:
+            self.calls.check()  # whoever ends the calls says so first, and then looks for `end`
+            yield
+        finally:
+            self._end = None
+
+    def end(self) -> None:
+        """Break off what is being done."""
+        end = self._end
+        if end is not None:
+            with suppress(RuntimeError):  # its event loop is closed: nothing is being done there
+                end()
