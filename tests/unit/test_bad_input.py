@@ -217,7 +217,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "error"), WRONG, ids=[f"{n}={v!r:.30}" for n, v, _ in WRONG]
+    ("name", "value", "error"),
+    WRONG,
+    ids=[f"{n}={repr(v).split(' at 0x')[0]:.30}" for n, v, _ in WRONG],
 )
 def test_an_argument_that_cannot_be_meant_is_refused_at_construction(name, value, error):
     """TypeError or ValueError naming the argument, never a surprise in the first call (section 2)."""
