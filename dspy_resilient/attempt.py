@@ -26,9 +26,9 @@ from dspy_resilient.stream import WatchedStream
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dspy_resilient.call import Call
     from dspy_resilient.circuit import GatePass, Verdict
     from dspy_resilient.limits import Slot
+    from dspy_resilient.progress import Call
     from dspy_resilient.route import Admission, Route
     from dspy_resilient.target import Target
 

@@ -15,13 +15,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dspy_resilient import providers
-from dspy_resilient.call import Disk, Prepare, Wait
 from dspy_resilient.clerk import Clerk
+from dspy_resilient.steps import Disk, Prepare, Wait
 
 if TYPE_CHECKING:
     from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer
-    from dspy_resilient.call import Steps
+    from dspy_resilient.steps import Steps
     from dspy_resilient.underway import Running, UnderWay
 
 T = TypeVar("T")

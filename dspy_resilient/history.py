@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 if TYPE_CHECKING:
-    from dspy_resilient.call import Call, Served
+    from dspy_resilient.progress import Call, Served
 
 
 def entry_of_hit(call: Call, served: Served) -> dict[str, Any] | None:

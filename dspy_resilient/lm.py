@@ -20,7 +20,7 @@ from dspy.utils.callback import with_callbacks
 from dspy_resilient import drive
 from dspy_resilient.attempt import called_by_adapter, is_sending
 from dspy_resilient.cache import disk_folder, tenant_of
-from dspy_resilient.call import Call, Served, complete
+from dspy_resilient.call import complete
 from dspy_resilient.events import CallFinished
 from dspy_resilient.fallbacks import Fallbacks
 from dspy_resilient.health import Health, health_of
@@ -38,6 +38,7 @@ from dspy_resilient.options import (
     refuse_to_copy,
 )
 from dspy_resilient.policies import CachePolicy, number
+from dspy_resilient.progress import Call, Served
 from dspy_resilient.route import endpoint_of, setting
 from dspy_resilient.runtime import Runtime
 from dspy_resilient.saving import (

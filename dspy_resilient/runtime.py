@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer
-    from dspy_resilient.call import Call
     from dspy_resilient.options import Options
+    from dspy_resilient.progress import Call
     from dspy_resilient.route import Route
 
 

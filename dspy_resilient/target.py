@@ -13,9 +13,9 @@ from dspy_resilient.reasoning import fit, fit_config
 from dspy_resilient.route import Routes, endpoint_of, setting
 
 if TYPE_CHECKING:
-    from dspy_resilient.call import Call
     from dspy_resilient.circuit import GatePass
     from dspy_resilient.limits import Slot
+    from dspy_resilient.progress import Call
     from dspy_resilient.route import Admission, Route
     from dspy_resilient.runtime import Runtime
 

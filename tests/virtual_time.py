@@ -18,8 +18,9 @@ import dspy
 
 from dspy_resilient import ResilientLM
 from dspy_resilient.cache import Answer
-from dspy_resilient.call import Prepare, Wait, complete
+from dspy_resilient.call import complete
 from dspy_resilient.runtime import Runtime
+from dspy_resilient.steps import Prepare, Wait
 from dspy_resilient.target import Target
 from dspy_resilient.testing import Clock
 

@@ -35,8 +35,8 @@ from dspy_resilient.observe.metrics import COUNTERS, Counter, circuit_states, ru
 
 if TYPE_CHECKING:
     from dspy_resilient.attempt import Attempt
-    from dspy_resilient.call import Call
     from dspy_resilient.lm import ResilientLM
+    from dspy_resilient.progress import Call
     from dspy_resilient.runtime import Runtime
 
 _SCOPE = "dspy_resilient"

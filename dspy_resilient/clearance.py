@@ -1,0 +1,168 @@
+"""What has to be passed before an attempt may be sent: gate, limits, circuit, in this order.
+
+What waits comes first, so that no permit waits (R11). Nothing is sent here, and what comes of a
+refusal is decided in `call.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from dspy_resilient.errors import (
+    DeadlineExceededError,
+    LimitExceededError,
+    ResilienceError,
+    ThrottledError,
+)
+from dspy_resilient.events import CallRejected
+from dspy_resilient.steps import Wait
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dspy_resilient.attempt import Attempt
+    from dspy_resilient.circuit import CircuitBreaker, GatePass, ThrottleGate
+    from dspy_resilient.limits import Slot
+    from dspy_resilient.progress import Call, Turn
+    from dspy_resilient.route import Route
+    from dspy_resilient.runtime import Runtime
+    from dspy_resilient.steps import Steps
+    from dspy_resilient.target import Target
+
+R = TypeVar("R", bound=ResilienceError)
+
+
+def clear_the_way(call: Call, client: Runtime, turn: Turn, route: Route) -> Steps[Attempt]:
+    """Gate, then limits, then circuit: what waits comes first, so that no permit waits (R11)."""
+    target = turn.target
+    client.under_way.check()
+    refusal = target.routes.supervisor.refusal()
+    if refusal is not None:
+        raise rejected(client, route, refusal)
+    lease = target.timeout(call) or 0.0
+    while True:
+        passage = yield from _pass_gate(call, client, route, lease)
+        slot = yield from _take_slot(call, client, target, route, passage)
+        if passage.is_current:
+            break
+        _release(passage, slot)  # the gate has closed during the queue
+    admission = route.admit(lease, early=turn.early)
+    turn.early = False
+    if admission is None:
+        _release(passage, slot)
+        raise rejected(client, route, route.rejection())
+    return target.attempt(call, route, admission, passage, slot)
+
+
+def _pass_gate(call: Call, client: Runtime, route: Route, lease: float) -> Steps[GatePass]:
+    """Wait until the provider's last 429 is over (R28)."""
+    gate = route.gate
+    while (passage := gate.admit(lease)) is None:
+        wait, now = gate.wait_time(), client.clock()
+        if is_hopeless(client, gate) or (math.isfinite(wait) and wait >= call.left(now)):
+            hint = gate.hint
+            error = ThrottledError(
+                f"client {client.name!r}: {route.label} asked for a pause"
+                + (f" of {hint:.1f} s" if hint is not None else "")
+                + ", which is longer than this call may wait",
+                client=client.name,
+                retry_after=hint,
+            )
+            raise rejected(client, route, error)
+        yield from _line_up(client, gate, route.label, call.left(now))
+        check_deadline(call, client)
+    return passage
+
+
+def is_hopeless(client: Runtime, gate: ThrottleGate) -> bool:
+    """Whether the pause asked for, or the time without a single answer, is beyond patience (R28)."""
+    most = client.retry.max_retry_after
+    return (gate.hint or 0.0) > most or gate.unbroken > most
+
+
+def _take_slot(
+    call: Call, client: Runtime, target: Target, route: Route, passage: GatePass
+) -> Steps[Slot | None]:
+    """Queue for a place among the target's concurrent attempts and for its rate budget (R53)."""
+    slot: Slot | None = None
+    try:
+        while (limiter := route.limiter) is not None:
+            slot = limiter.enter(target.estimate(call), call.left(client.clock()))
+            while not slot.granted and limiter is route.limiter:
+                yield Wait(slot.future, min(slot.wait_time(), call.left(client.clock())))
+                slot.poll()
+                check_deadline(call, client)
+            if slot.granted:
+                break
+            slot.leave(sent=False)  # the client was restarted: queue anew
+    except BaseException as error:
+        _release(passage, slot)
+        if isinstance(error, LimitExceededError):
+            raise rejected(client, route, error) from None
+        raise
+    return slot
+
+
+def _release(passage: GatePass, slot: Slot | None) -> None:
+    passage.release()
+    if slot is not None:
+        slot.leave(sent=False)
+
+
+def outwait(call: Call, client: Runtime, blocked: list[Route]) -> Steps[bool]:
+    """Wait until the first of the open circuits may be asked again; False if it takes too long."""
+    route = blocked[0] if len(blocked) == 1 else min(blocked, key=lambda each: each.wait_time())
+    now, circuit = client.clock(), route.blocker()
+    if not call.has_patience(now, circuit.wait_time()):
+        return False
+    assert call.patience is not None  # has_patience has set it
+    most = min(call.patience - now, call.left(now))
+    yield from _line_up(client, circuit, route.label, most)
+    return True
+
+
+def _line_up(
+    client: Runtime, queue: CircuitBreaker | ThrottleGate, target: str, most: float
+) -> Steps[None]:
+    """Wait until it makes sense to ask again, at most `most` seconds; say so if it takes long."""
+    with _enlisted(queue) as waiter:
+        wait = min(queue.recheck_time(), most)
+        if wait > client.long_wait and math.isinf(queue.wait_time()):
+            yield Wait(waiter, client.long_wait)  # those who were let in may report any moment
+            wait -= client.long_wait
+        if wait > client.long_wait and not waiter.done():
+            client.announce_wait(queue, target, wait)
+        yield Wait(waiter, wait)
+
+
+@contextmanager
+def _enlisted(queue: CircuitBreaker | ThrottleGate) -> Iterator[Future[None]]:
+    waiter = queue.enlist()
+    try:
+        yield waiter
+    finally:
+        queue.leave(waiter)
+
+
+def rejected(client: Runtime, target: Route, error: R) -> R:
+    client.tally.add(f"refused:{error.default_code}")
+    if client.is_heard:
+        client.emit(
+            CallRejected, target.label, reason=error.default_code, retry_after=error.retry_after
+        )
+    return error
+
+
+def check_deadline(call: Call, client: Runtime) -> None:
+    if call.left(client.clock()) <= 0:
+        raise deadline_passed(call, client)
+
+
+def deadline_passed(call: Call, client: Runtime) -> DeadlineExceededError:
+    return DeadlineExceededError(
+        f"client {client.name!r}: no answer within the deadline of {call.budget:g} s",
+        client=client.name,
+    )
