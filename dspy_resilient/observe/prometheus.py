@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 class ClientCollector(Collector):
     """A Prometheus collector over clients.
 
-    Copies of a client are that client, and clients of one name are shown together. Not for the
-    multiprocess mode of `prometheus_client`, which knows no collectors.
+    One for all clients: a registry refuses a second one. Copies of a client are that client, and
+    clients of one name are shown together. Not for the multiprocess mode of `prometheus_client`, which knows no collectors.
 
     Args:
         *clients: Each a `ResilientLM`, or a collection of them (such as `Clients`) that is looked
