@@ -241,6 +241,14 @@ class Clients(Mapping[str, ResilientLM]):
         models = {name: each.model for name, each in self._all().items()}
         return f"{_ME}({models!r})"
 
+    def _repr_html_(self) -> str:
+        from dspy_resilient.observe.display import clients_html  # noqa: PLC0415  # only when asked
+
+        started = self._all().items()
+        return clients_html(
+            (name, each.model, each.lm.health().state, each.lm.stats()) for name, each in started
+        )
+
     def _find(
         self, name: str, model: str, options: dict[str, Any], *, replace: bool
     ) -> ResilientLM | None:

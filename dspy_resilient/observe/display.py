@@ -53,13 +53,13 @@ def client_html(title: str, circuits: Iterable[tuple[str, str, str]], stats: Sta
 
 
 def clients_html(rows: Iterable[tuple[str, str, str, Stats]]) -> str:
-    """Return several clients, one a line: name, model, state and numbers."""
-    heads = ("client", "model", "circuit", "calls", "hits", "requests", "failures", "p50", "p95")
+    """Return several clients, one a line: name, model, health and numbers."""
+    heads = ("client", "model", "state", "calls", "hits", "requests", "failures", "p50", "p95")
     lines = [_cells("th", heads, first=3)]
     for name, model, state, stats in rows:
         took = [_seconds(stats.latency.p50), _seconds(stats.latency.p95)]
         counts = [f"{n:,}" for n in (stats.calls, stats.hits, stats.attempts, stats.failures)]
-        lines.append(_cells("td", (name, model, badge(state), *counts, *took), first=3))
+        lines.append(_cells("td", (name, model, badge(state, _HEALTH), *counts, *took), first=3))
     return _box(_table(lines))
 
 
@@ -168,6 +168,7 @@ _COLOURS = {
     "forced_open": _BLUE,
     "forced_closed": _BLUE,
 }
+_HEALTH = {"ready": _GREEN, "open": _RED, "broken": _RED}
 _CELL = "padding:1px 10px 1px 0;border:none;background:none;vertical-align:top"
 _NUMBER = ";white-space:pre;font-family:monospace"
 
@@ -178,10 +179,10 @@ class _Html(str):
     __slots__ = ()
 
 
-def badge(state: str) -> _Html:
-    """Return a circuit's state as a coloured word."""
+def badge(state: str, colours: Mapping[str, str] = _COLOURS) -> _Html:
+    """Return a circuit's state, or a client's health, as a coloured word."""
     style = (
-        f"background:{_COLOURS.get(state, _GREY)};color:#fff;border-radius:9px;"
+        f"background:{colours.get(state, _GREY)};color:#fff;border-radius:9px;"
         "padding:1px 8px;font-size:90%;white-space:nowrap"
     )
     return _Html(f'<span style="{style}">{_text(state.replace("_", " "))}</span>')

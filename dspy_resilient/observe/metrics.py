@@ -6,7 +6,7 @@ not touch these numbers: what collects them expects counters that never fall.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import dspy
@@ -55,9 +55,14 @@ COUNTERS = (
 
 def runtimes(clients: Iterable[ResilientLM | Iterable[ResilientLM]]) -> list[Runtime]:
     """Return what the clients stand on, each once; a collection among them is looked through."""
-    groups = ((each,) if isinstance(each, dspy.LM) else each for each in clients)
-    found = {id(lm._runtime): lm._runtime for group in groups for lm in group}  # noqa: SLF001  # what copies share
-    return list(found.values())
+    found = [lm._runtime for each in clients for lm in _each(each)]  # noqa: SLF001  # what copies share
+    return list(dict.fromkeys(found))
+
+
+def _each(clients: ResilientLM | Iterable[ResilientLM]) -> Iterable[ResilientLM]:
+    if isinstance(clients, dspy.LM):
+        return (clients,)
+    return clients.values() if isinstance(clients, Mapping) else clients
 
 
 def totals(found: Iterable[Runtime]) -> dict[str, Stats]:

@@ -11,7 +11,7 @@ import threading
 import dspy
 import pytest
 
-from dspy_resilient import CachePolicy, CircuitOpenError, CircuitPolicy, RetryPolicy
+from dspy_resilient import CachePolicy, CircuitOpenError, CircuitPolicy, Clients, RetryPolicy
 from dspy_resilient.events import WaitStarted
 from dspy_resilient.testing import Clock, Hold, Status, Truncated, rate_limited
 
@@ -151,6 +151,21 @@ def test_a_client_has_a_view_for_notebooks(make, provider, ask):
     assert "sk-not" not in html
     assert "nobody" not in html
     assert "src=" not in html
+
+
+def test_named_clients_have_a_view_too(provider):
+    """A line for each, with its health and numbers; one that was closed is not shown as well (R71)."""
+    with Clients() as clients:
+        endpoint = {"api_base": provider.api_base, "api_key": "sk-not-to-be-shown-0123456789"}
+        clients.start("<fast>", "openai/test", **endpoint)("a")
+        clients.start("slow", "openai/other", **endpoint).circuit.force_open()
+        clients.start("gone", "openai/third", **endpoint).close()
+        html = clients._repr_html_()
+    assert "&lt;fast&gt;" in html
+    for state, colour in (("ready", "#1a7f37"), ("open", "#c62828"), ("closed", "#616161")):
+        assert re.search(f"background:{colour}[^>]*>{state}<", html), state
+    assert "sk-not" not in html
+    assert "http" not in html
 
 
 def test_reading_the_numbers_disturbs_nothing(make, provider):

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
-from dspy_resilient import CircuitOpenError, RetryPolicy
+from dspy_resilient import CircuitOpenError, Clients, RetryPolicy
 from dspy_resilient.observe.prometheus import ClientCollector
 from dspy_resilient.testing import Status, Truncated, rate_limited
 
@@ -109,6 +109,14 @@ def test_a_collection_is_looked_through_at_every_scrape(scrape, make):
     assert not any(key[0].endswith("calls_total") for key in scrape(clients))
     clients.append(make(name="late"))
     assert scrape()["dspy_resilient_calls_total", "late"] == 0
+
+
+def test_named_clients_are_a_collection(scrape, provider):
+    """`Clients` is given as it is (R71)."""
+    with Clients() as clients:
+        scrape(clients)
+        clients.start("fast", "openai/test", api_base=provider.api_base, api_key="k")("a")
+        assert scrape()["dspy_resilient_calls_total", "fast"] == 1
 
 
 def test_a_hostile_name_is_a_label_like_any_other(scrape, make):
