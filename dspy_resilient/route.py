@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import cachetools
 
 from dspy_resilient import providers
-from dspy_resilient.circuit import Kind, Outcome, classify, redacted
+from dspy_resilient.circuit import CircuitState, Kind, Outcome, classify, redacted
 from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.limits import RetryBudget
 from dspy_resilient.observe.latency import duration
@@ -200,7 +200,10 @@ class Route:
             self.access = self._runtime.new_circuit(
                 f"{self.label} ({kind})", failure_threshold=_AUTH_FAILURES
             )
-        (permit or self.access.admit()).failure(redacted(error), reason=str(kind))
+        if permit is None and self.access.state is CircuitState.CLOSED:
+            permit = self.access.try_admit()  # the attempt is older than the circuit
+        if permit is not None:
+            permit.failure(redacted(error), reason=str(kind))
 
 
 class Routes:
