@@ -1,0 +1,98 @@
+"""50 callers and a provider that is down: what reaches it, and when (R22, R50)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from bisect import bisect_left
+from collections import Counter
+
+import dspy
+import pytest
+
+from dspy_resilient import CircuitPolicy, RetryPolicy
+from dspy_resilient.events import CircuitHalfOpened, RetryScheduled
+
+CALLERS = 50
+
+
+@pytest.fixture(params=["threads", "tasks"])
+def storm(request):
+    """Let 50 callers call at once; return what each was told."""
+
+    def in_threads(lm):
+        barrier, told = threading.Barrier(CALLERS), []
+
+        def call(number):
+            barrier.wait()
+            try:
+                lm(f"caller {number}")
+            except dspy.LMError as error:
+                told.append(error)
+
+        threads = [threading.Thread(target=call, args=(n,)) for n in range(CALLERS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(50)
+        return told
+
+    async def in_tasks(lm):
+        calls = (lm.acall(f"caller {n}") for n in range(CALLERS))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    return in_threads if request.param == "threads" else lambda lm: asyncio.run(in_tasks(lm))
+
+
+def retries_of(provider):
+    """Return when each request arrived that was not its caller's first."""
+    seen, retries = Counter(), []
+    for request in provider.requests:
+        caller = request.body["messages"][-1]["content"]
+        seen[caller] += 1
+        if seen[caller] > 1:
+            retries.append(request.at)
+    return sorted(retries)
+
+
+def worst(times):
+    """Return how many of `times` fall within the worst 100 ms."""
+    return max((bisect_left(times, at + 0.1) - n for n, at in enumerate(times)), default=0)
+
+
+def test_an_outage_is_not_multiplied(provider, make, storm):
+    """What was in flight at the opening, the probes, and the budget: nothing more reaches it."""
+    events = []
+    circuit = CircuitPolicy(failure_threshold=5, recovery_time=0.3, jitter=0.0)
+    lm = make(circuit=circuit, max_wait=2.0, cache=False, on_event=events.append)
+    provider.latency = 0.02
+    provider.down("500")
+    told = storm(lm)
+    probes = sum(isinstance(each, CircuitHalfOpened) for each in events)
+    retries = retries_of(provider)
+    assert len(told) == CALLERS
+    assert probes >= 1
+    assert provider.count <= CALLERS + probes + 500 // 14
+    assert len(retries) <= probes + 500 // 14
+    assert worst(retries) <= max(2, len(retries) / 5)
+
+
+def test_retries_end_with_the_budget(provider, make, storm):
+    """500 tokens pay for 35 of the 150 retries that the callers might make (R50)."""
+    lm = make(circuit=False, cache=False, retry=RetryPolicy(base=0.2))
+    provider.down("500")
+    assert len(storm(lm)) == CALLERS
+    assert len(retries_of(provider)) == 500 // 14
+    assert provider.count == CALLERS + 500 // 14
+
+
+def test_retries_are_spread(provider, make, storm):
+    """Full jitter: no 100 ms holds more than a fifth of them (R50)."""
+    events = []
+    retry = RetryPolicy(base=0.5, budget=100_000)
+    lm = make(circuit=False, cache=False, retry=retry, on_event=events.append)
+    provider.down("500")
+    assert len(storm(lm)) == CALLERS
+    due = sorted(e.at + e.seconds for e in events if isinstance(e, RetryScheduled))
+    assert len(due) == len(retries_of(provider)) == 3 * CALLERS
+    assert worst(due) <= len(due) / 5
