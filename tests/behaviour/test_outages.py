@@ -220,6 +220,45 @@ def test_a_client_without_fallbacks_is_never_early(provider, make, ask):
     assert provider.count == 0
 
 
+# What a name brings along.
+
+
+def test_a_name_of_the_same_provider_brings_the_connection_along(provider, make, ask):
+    """Key, base and headers as one unit; settings as well (R52)."""
+    lm = make(
+        fallbacks=["openai/second"],
+        num_retries=0,
+        temperature=0.3,
+        extra_headers={"X-Team": "ours"},
+    )
+    provider.script(Status(500))
+    assert ask(lm, "q") == ["Paris"]
+    first, second = provider.requests
+    assert (first.body["model"], second.body["model"]) == ("test", "second")
+    for name in ("authorization", "x-team"):
+        assert first.headers[name] == second.headers[name]
+    assert second.body["temperature"] == 0.3
+
+
+def test_a_name_of_another_provider_brings_settings_only(provider, make, ask, monkeypatch):
+    """No key, base or header of one provider ever reaches another (R52)."""
+    with Provider("Lyon") as other:
+        monkeypatch.setenv("GROQ_API_BASE", other.base("groq"))
+        monkeypatch.setenv("GROQ_API_KEY", "groqs-own")
+        lm = make(
+            fallbacks=["groq/llama-3.1-8b-instant"],
+            num_retries=0,
+            temperature=0.3,
+            extra_headers={"X-Team": "ours"},
+        )
+        provider.down("500")
+        assert ask(lm, "q", api_key="for-openai-alone") == ["Lyon"]
+        (request,) = other.requests
+    assert request.headers["authorization"] == "Bearer groqs-own"
+    assert "x-team" not in request.headers
+    assert request.body["temperature"] == 0.3
+
+
 # Throttling.
 
 
@@ -326,6 +365,41 @@ def test_one_place_makes_a_client_strictly_serial(provider, make):
     assert len(at) == 12
     assert min(b - a for a, b in itertools.pairwise(at)) >= 0.02
     assert leftovers(lm) == {}
+
+
+def test_tokens_are_reserved_by_estimate_and_reconciled_with_usage(provider, make, ask):
+    """A bad guess costs its caller nothing once the answer is there (R53)."""
+    lm = make(limits=LimitPolicy(tpm=6000), max_tokens=400, cache=False, deadline=1.0)
+    (limiter,) = [route.limiter for route in (lm._runtime.routes.find(lm, {}),)]
+    for number in range(8):  # 500 tokens at once: one estimate fits, the second would wait
+        ask(lm, f"q{number}")
+    used = sum(entry["usage"]["total_tokens"] for entry in lm.history)
+    assert 0 < used < 500
+    assert leftovers(lm) == {}
+    provider.latency = 0.3
+    hold = Hold()
+    provider.script(hold)
+    holder = threading.Thread(target=lm.copy(deadline=20.0), args=("held",))
+    holder.start()
+    provider.wait_for(9)
+    assert limiter.in_use == 1
+    with pytest.raises(LimitExceededError) as caught:
+        ask(lm, "too much for now")
+    assert caught.value.retry_after > 1
+    hold.release()
+    holder.join(20)
+    assert leftovers(lm) == {}
+
+
+def test_an_adaptive_limit_follows_what_the_provider_says(provider, make, ask):
+    """Halved on a 429, raised by one per limit-full of clean answers (R53)."""
+    lm = make(limits=LimitPolicy(max_concurrent=4, adaptive=True), cache=False)
+    limiter = lm._runtime.routes.find(lm, {}).limiter
+    provider.script(rate_limited("0.05"))
+    ask(lm, "q")
+    assert limiter.limit == 2
+    ask(lm, "q")
+    assert limiter.limit == 3
 
 
 # A deadline shorter than the wait.
