@@ -114,7 +114,7 @@ def test_a_call_has_the_attributes_of_the_conventions(collected, make, ask):
     """Operation, provider, models, settings, usage, finish reasons; no prompt and no answer (R71)."""
     lm = make(temperature=0.5, max_tokens=100, api_key="sk-not-to-be-shown-0123456789")
     with collected.watch(lm):
-        ask(lm, "a secret question")
+        ask(lm, "a secret question", n=2)
     attempt, call = sorted(collected.spans, key=lambda span: span.name)
     assert (call.name, call.kind) == ("chat test", SpanKind.CLIENT)
     assert {
@@ -124,7 +124,8 @@ def test_a_call_has_the_attributes_of_the_conventions(collected, make, ask):
         "gen_ai.request.model": "test",
         "gen_ai.request.temperature": 0.5,
         "gen_ai.request.max_tokens": 100,
-        "gen_ai.response.finish_reasons": ("stop",),
+        "gen_ai.request.choice.count": 2,
+        "gen_ai.response.finish_reasons": ("stop", "stop"),
     }.items() <= call.attributes.items()
     for name in ("response.model", "response.id", "usage.input_tokens", "usage.output_tokens"):
         assert call.attributes[f"gen_ai.{name}"]
