@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import dspy
 import pytest
@@ -42,6 +43,21 @@ def test_outage_fails_fast():
     assert drill.answered == 0
     assert drill.sent <= 75
     assert drill.seconds < 60
+
+
+def test_retries_of_a_crowd_come_in_no_waves():
+    """50 callers who fail together come back apart, and few of them (R50, M17)."""
+    sent: list[float] = []
+
+    def fails(now, dice):
+        sent.append(now)
+        return server_error()
+
+    Drill(fails, latency=(0.0, 0.01), circuit=False).run(callers=50, calls=1)
+    retries = sent[50:]
+    assert len(retries) == 500 // 14
+    busiest = Counter(int(when * 10) for when in retries).most_common(1)[0][1]
+    assert busiest <= 0.2 * len(retries)
 
 
 def test_optimizer_waits_an_outage_out():

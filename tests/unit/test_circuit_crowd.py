@@ -155,6 +155,29 @@ def test_every_failure_is_counted(crowd):
     assert breaker.failure_count == 3000
 
 
+def test_neutral_results_neither_count_nor_reset(crowd):
+    """However many calls say nothing about the provider, four failures stay four (R22, M3)."""
+    breaker = CircuitBreaker(CircuitPolicy())
+    for _ in range(4):
+        breaker.admit().failure()
+    start = Meeting(30)
+
+    def caller(number):
+        yield start.join()
+        for turn in range(40):
+            permit = breaker.admit()
+            if (number + turn) % 2:
+                permit.neutral()
+            else:
+                with permit:
+                    pass
+
+    crowd([caller(number) for number in range(30)])
+    assert (breaker.state, breaker.failure_count) == ("closed", 4)
+    breaker.admit().failure()
+    assert breaker.state == "open"
+
+
 def test_one_permit_reported_by_many_counts_once(crowd):
     """Whoever reports first wins, on whatever thread (R21)."""
     breaker = CircuitBreaker(CircuitPolicy())
