@@ -515,7 +515,10 @@ class ResilientLM(dspy.LM):
         return own | self._runtime.circuits()
 
     def stats(self) -> Stats:
-        """Return what this client has done so far."""
+        """Return a snapshot: totals since the client was made or reset, and the last minute.
+
+        `print` shows it as a table. The numbers are those of all copies of this client.
+        """
         return self._runtime.stats()
 
     def explain(self) -> str:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 A_PROGRAM = """
-import json, sys, threading
+import json, logging, sys, threading
 import dspy
 before, threads = set(sys.modules), threading.active_count()
 import dspy_resilient
@@ -25,6 +25,7 @@ print(json.dumps({
     "litellm at import": has_litellm,
     "litellm once built": "litellm" in sys.modules,
     "threads": threading.active_count() - threads,
+    "handlers": len(logging.getLogger("dspy_resilient").handlers),
 }))
 """
 
@@ -61,6 +62,11 @@ def test_importing_leaves_alone_what_only_some_need(found):
 def test_neither_import_nor_construction_starts_a_thread(found):
     """Whatever runs was started by a call."""
     assert found["threads"] == 0
+
+
+def test_no_handler_is_installed(found):
+    """Where the log goes is for the program to say (R70)."""
+    assert found["handlers"] == 0
 
 
 def test_imports_point_one_way():
