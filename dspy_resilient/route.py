@@ -178,7 +178,9 @@ class Route:
 
     def explain(self) -> str:
         """Return what state this route is in, why, since when, and until when."""
-        says = [f"its circuit is {self.blocker().explain()}" if self._is_guarded else "no circuit"]
+        says = [
+            f"its circuit has been {self.blocker().explain()}" if self._is_guarded else "no circuit"
+        ]
         pause = self.gate.wait_time()
         if pause == math.inf:
             says.append("let in step by step after a 429")
