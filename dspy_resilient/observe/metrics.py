@@ -7,7 +7,7 @@ not touch these numbers: what collects them expects counters that never fall.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dspy
 
@@ -54,15 +54,29 @@ COUNTERS = (
 
 
 def runtimes(clients: Iterable[ResilientLM | Iterable[ResilientLM]]) -> list[Runtime]:
-    """Return what the clients stand on, each once; a collection among them is looked through."""
-    found = [lm._runtime for each in clients for lm in _each(each)]  # noqa: SLF001  # what copies share
-    return list(dict.fromkeys(found))
+    """Return what the clients stand on, each once; a collection among them is looked through.
+
+    Raises:
+        TypeError: If one is neither a `ResilientLM` nor a collection of them.
+    """
+    return list(dict.fromkeys(_runtime(lm) for each in clients for lm in _each(each)))
 
 
-def _each(clients: ResilientLM | Iterable[ResilientLM]) -> Iterable[ResilientLM]:
-    if isinstance(clients, dspy.LM):
-        return (clients,)
-    return clients.values() if isinstance(clients, Mapping) else clients
+def _each(clients: Any) -> Iterable[Any]:
+    if isinstance(clients, Mapping):
+        return clients.values()
+    is_one = isinstance(clients, (dspy.BaseLM, str)) or not isinstance(clients, Iterable)
+    return (clients,) if is_one else clients
+
+
+def _runtime(client: Any) -> Runtime:
+    try:
+        runtime: Runtime = client._runtime  # noqa: SLF001  # what copies share
+    except AttributeError:
+        raise TypeError(
+            "clients must be ResilientLMs or collections of them; got a " + type(client).__name__
+        ) from None
+    return runtime
 
 
 def totals(found: Iterable[Runtime]) -> dict[str, Stats]:

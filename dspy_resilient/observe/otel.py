@@ -85,6 +85,9 @@ def instrument(
 
     Returns:
         What ends it. A client reports to one place: to whoever asked last.
+
+    Raises:
+        TypeError: If one is neither a `ResilientLM` nor a collection of them.
     """
     tracer = trace.get_tracer(_SCOPE, tracer_provider=tracer_provider)
     meter = metrics.get_meter(_SCOPE, meter_provider=meter_provider)

@@ -48,9 +48,13 @@ class ClientCollector(Collector):
     Args:
         *clients: Each a `ResilientLM`, or a collection of them (such as `Clients`) that is looked
             through at every scrape. They are kept alive.
+
+    Raises:
+        TypeError: If one is neither.
     """
 
     def __init__(self, *clients: ResilientLM | Iterable[ResilientLM]) -> None:
+        runtimes(clients)  # a wrong one should fail here, not at the first scrape
         self._clients = clients
 
     def collect(self) -> Iterator[Metric]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from urllib.request import urlopen
 
+import dspy
 import pytest
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
@@ -117,6 +118,13 @@ def test_named_clients_are_a_collection(scrape, provider):
         scrape(clients)
         clients.start("fast", "openai/test", api_base=provider.api_base, api_key="k")("a")
         assert scrape()["dspy_resilient_calls_total", "fast"] == 1
+
+
+@pytest.mark.parametrize("wrong", ["fast", 3, None, dspy.LM("openai/test"), ["fast"]])
+def test_what_is_no_client_is_refused(wrong):
+    """When the collector is built, and by name."""
+    with pytest.raises(TypeError, match="must be ResilientLMs or collections of them; got a "):
+        ClientCollector(wrong)
 
 
 def test_a_hostile_name_is_a_label_like_any_other(scrape, make):

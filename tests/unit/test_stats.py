@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
+import pickle
 import threading
 
 import pytest
@@ -239,3 +242,11 @@ def test_latency_is_a_value():
     """Equal when equal, and usable as a key."""
     assert latency(1.0) == latency(1.0) != latency(2.0)
     assert len({Latency(), Latency()}) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_snapshot_can_be_sent_away(copied):
+    """To another process, or into JSON (R71)."""
+    stats = sample(calls=3, failed={"timeout": 1}, latency=latency(1.0), recent=sample(calls=1))
+    assert copied(stats) == stats
+    assert json.loads(json.dumps(dataclasses.asdict(stats)))["recent"]["calls"] == 1
