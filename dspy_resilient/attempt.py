@@ -95,6 +95,7 @@ class Attempt:
         self._stream: WatchedStream | None = None
         self._record: dict[str, Any] | None = None
         self._verdict: Verdict | None = None
+        self._reported = False
         self._left_behind = False
         self._discard = False
         self._settling = threading.Lock()
@@ -242,12 +243,13 @@ class Attempt:
 
     def _settle(self, error: BaseException, handed_off: bool | None) -> Verdict:
         with self._settling:
-            if self._verdict is not None:
-                return self._verdict
-            self.seconds = self._clock() - self._started
-            self._verdict = verdict = self._judge(error, handed_off)
-        if not self._left_behind or verdict.outcome == Outcome.FAILURE:
+            if self._verdict is None:
+                self.seconds = self._clock() - self._started
+                self._verdict = self._judge(error, handed_off)
+        verdict = self._verdict
+        if not self._reported and (not self._left_behind or verdict.outcome == Outcome.FAILURE):
             self._report(verdict, error)
+            self._reported = True
         return verdict
 
     def _judge(self, error: BaseException, handed_off: bool | None = None) -> Verdict:

@@ -118,40 +118,44 @@ def _announce_hit(client: Runtime, hit: Answer, *, stale: bool = False) -> None:
 def _share(call: Call, client: Runtime, key: str) -> Steps[Served]:
     """Lead the flight of this key, or follow whoever does (R44)."""
     place = client.flights.join(key)
-    while isinstance(place, Waiter):
-        if not call.may_wait:
-            place.leave()
-            return (yield from _ask_all(call, client, None))
-        client.emit(FlightJoined)
-        try:
-            news = yield Wait(place.future, call.left(client.clock()))
-        except BaseException:
-            place.leave()
-            raise
-        if news is None:
-            place.leave()
-            raise deadline_passed(call, client)
-        if isinstance(news, Failed):
-            raise news.error
-        if isinstance(news, Landed):
-            client.tally.add("coalesced")
-            return Served(news.answer, hit=True)
-        place = news
-    lead = place
     try:
+        if isinstance(place, Waiter):
+            if not call.may_wait:
+                place.leave()
+                return (yield from _ask_all(call, client, None))
+            news = yield from _follow(call, client, place)
+            if isinstance(news, Served):
+                return news
+            place = news
         answer = client.cache.peek(key)  # it may have landed between the look-up and the join
         if answer is not None:
             served = Served(answer, hit=True)
         else:
-            served = yield from _ask_all(call, client, lead)
-        lead.land(served.answer)
+            served = yield from _ask_all(call, client, place)
+        place.land(served.answer)
     except BaseException as error:
-        if is_the_providers(error):
-            lead.fail(error)
+        if isinstance(place, Waiter):
+            place.leave()
+        elif is_the_providers(error):
+            place.fail(error)
         else:
-            lead.abandon()
+            place.abandon()
         raise
     return served
+
+
+def _follow(call: Call, client: Runtime, place: Waiter) -> Steps[Served | Lead]:
+    """Wait for the answer of whoever leads, or for the lead itself."""
+    client.emit(FlightJoined)
+    news: Landed | Failed | Lead | None = yield Wait(place.future, call.left(client.clock()))
+    if news is None:
+        raise deadline_passed(call, client)
+    if isinstance(news, Failed):
+        raise news.error
+    if isinstance(news, Landed):
+        client.tally.add("coalesced")
+        return Served(news.answer, hit=True)
+    return news
 
 
 def _ask_all(call: Call, client: Runtime, lead: Lead | None) -> Steps[Served]:
@@ -246,10 +250,11 @@ def _ask(call: Call, client: Runtime, turn: Turn, lead: Lead | None) -> Steps[Se
     while True:
         seen = target.routes.supervisor.generation
         call.sent = attempt = yield from clear_the_way(call, client, turn, route)
-        if lead is not None:
-            lead.sent()
         try:
+            if lead is not None:
+                lead.sent()
             answer: Answer = yield attempt
+            attempt.succeed()
         except BaseException as error:
             verdict = attempt.settle(error)
             if not isinstance(error, Exception):
@@ -260,6 +265,7 @@ def _ask(call: Call, client: Runtime, turn: Turn, lead: Lead | None) -> Steps[Se
             return _take(call, client, attempt, answer)
         _note_failure(call, client, attempt, verdict, failure)
         if lead is not None and (landed := lead.landed) is not None:
+            client.tally.add("coalesced")
             return Served(landed, hit=True)
         yield from _make_ready(call, client, turn, attempt, seen, verdict, failure)
 
@@ -292,7 +298,6 @@ def _make_ready(
 
 def _take(call: Call, client: Runtime, attempt: Attempt, answer: Answer) -> Served:
     """Keep an answer and serve it, unless a filter held it back and somebody may do better."""
-    attempt.succeed()
     call.attempts.append(AttemptSummary(attempt.label, "answer", attempt.seconds))
     client.store(attempt.target.key(call), answer, whole=attempt.whole)
     if Kind.POLICY in call.special and not attempt.emitted and usable(answer) == "filtered":

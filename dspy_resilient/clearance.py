@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dspy_resilient.circuit import CircuitBreaker, GatePass, ThrottleGate
     from dspy_resilient.limits import Slot
     from dspy_resilient.progress import Call, Turn
-    from dspy_resilient.route import Route
+    from dspy_resilient.route import Admission, Route
     from dspy_resilient.runtime import Runtime
     from dspy_resilient.steps import Steps
     from dspy_resilient.target import Target
@@ -46,15 +46,19 @@ def clear_the_way(call: Call, client: Runtime, turn: Turn, route: Route) -> Step
     while True:
         passage = yield from _pass_gate(call, client, route, lease)
         slot = yield from _take_slot(call, client, target, route, passage)
-        if passage.is_current:
-            break
-        _release(passage, slot)  # the gate has closed during the queue
-    admission = route.admit(lease, early=turn.early)
-    turn.early = False
-    if admission is None:
+        admission: Admission | None = None
+        try:
+            if passage.is_current:
+                admission = route.admit(lease, early=turn.early)
+                turn.early = False
+                if admission is not None:
+                    return target.attempt(call, route, admission, passage, slot)
+        except BaseException:
+            _release(passage, slot, admission)
+            raise
         _release(passage, slot)
-        raise rejected(client, route, route.rejection())
-    return target.attempt(call, route, admission, passage, slot)
+        if passage.is_current:  # else the gate has closed during the queue
+            raise rejected(client, route, route.rejection())
 
 
 def _pass_gate(call: Call, client: Runtime, route: Route, lease: float) -> Steps[GatePass]:
@@ -106,10 +110,12 @@ def _take_slot(
     return slot
 
 
-def _release(passage: GatePass, slot: Slot | None) -> None:
-    passage.release()
+def _release(passage: GatePass, slot: Slot | None, admission: Admission | None = None) -> None:
     if slot is not None:
         slot.leave(sent=False)
+    passage.release()
+    if admission is not None:
+        admission.withdraw()
 
 
 def outwait(call: Call, client: Runtime, blocked: list[Route]) -> Steps[bool]:

@@ -11,7 +11,7 @@ import concurrent.futures
 import contextvars
 import math
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dspy_resilient import providers
@@ -41,36 +41,38 @@ def run(steps: Steps[T], running: Running) -> T:
     """Drive `steps` to the end on this thread and return its result; what ends it ends `running`."""
     resume: Any = steps.send
     value: Any = None
-    while True:
-        try:
-            step = resume(value)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        try:
-            value = _perform(step, running)
-        except BaseException as error:  # noqa: BLE001  # every kind belongs to the generator
-            resume, value = steps.throw, error
-        else:
-            resume = steps.send
+    with closing(steps):  # Ctrl-C may strike in here, and its traceback would keep them open
+        while True:
+            try:
+                step = resume(value)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            try:
+                value = _perform(step, running)
+            except BaseException as error:  # noqa: BLE001  # every kind belongs to the generator
+                resume, value = steps.throw, error
+            else:
+                resume = steps.send
 
 
 async def arun(steps: Steps[T], running: Running) -> T:
     """Drive `steps` to the end on the running loop and return its result, as `run` does."""
     resume: Any = steps.send
     value: Any = None
-    while True:
-        try:
-            step = resume(value)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        try:
-            value = await _aperform(step, running)
-        except BaseException as error:  # noqa: BLE001  # every kind belongs to the generator
-            resume, value = steps.throw, error
-        else:
-            resume = steps.send
+    with closing(steps):  # Ctrl-C may strike in here, and its traceback would keep them open
+        while True:
+            try:
+                step = resume(value)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            try:
+                value = await _aperform(step, running)
+            except BaseException as error:  # noqa: BLE001  # every kind belongs to the generator
+                resume, value = steps.throw, error
+            else:
+                resume = steps.send
 
 
 def see_off(calls: UnderWay, grace: float) -> Steps[None]:

@@ -56,6 +56,12 @@ class Admission:
         if self._access is not None:
             self._access.success()
 
+    def withdraw(self) -> None:
+        """Report that nothing was sent."""
+        for permit in (self._permit, self._access):
+            if permit is not None:
+                permit.neutral()
+
     def failed(self, verdict: Verdict, error: BaseException) -> None:
         """Report what `verdict` says, each circuit hearing only what concerns it."""
         if verdict.kind in (Kind.AUTH, Kind.BILLING):

@@ -149,18 +149,22 @@ class Flights:
     def join(self, key: str) -> Lead | Waiter:
         """Return the lead for `key`, or a place behind whoever leads."""
         now = self.clock()
-        with self._lock:
-            flight = self._flights.get(key)
-            if flight is None:
-                flight = self._flights[key] = _Flight(key)
-            place: Lead | Waiter
-            if self._is_worth_waiting_for(flight, now):
-                place = waiter = Waiter(self, flight)
-                flight.waiters[waiter] = None
-            else:
-                place = lead = Lead(self, flight)
-                flight.leads.append(lead)
-        self._see_off()
+        place: Lead | Waiter | None = None
+        try:
+            with self._lock:
+                flight = self._flights.get(key) or _Flight(key)
+                if self._is_worth_waiting_for(flight, now):
+                    place = waiter = Waiter(self, flight)
+                    flight.waiters[waiter] = None
+                else:
+                    place = lead = Lead(self, flight)
+                    self._flights[key] = flight
+                    flight.leads.append(lead)
+            self._see_off()
+        except BaseException:  # Ctrl-C
+            if place is not None:
+                self.leave(place)
+            raise
         return place
 
     def land(self, lead: Lead, answer: Answer) -> None:

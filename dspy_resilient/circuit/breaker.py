@@ -151,7 +151,11 @@ class CircuitBreaker(Turnstile, Wrapping):
                 if self.policy.mode != "observe":
                     return None
                 permit = Permit(self, _NO_GENERATION, now)
-        self._signals.send()
+        try:
+            self._signals.send()
+        except BaseException:  # Ctrl-C, while a listener ran
+            permit.neutral()
+            raise
         return permit
 
     def admit(self) -> Permit:

@@ -92,20 +92,26 @@ class Limiter:
         """
         slot = Slot(self, self._places, max(0, tokens))
         refusal: LimitExceededError | None = None
-        with self._lock:
-            now = self._clock()
-            woken = self._advance(now)
-            if not self._queue and self._ready_at(slot) - now <= _ROUNDING:
-                self._grant(slot, State.GRANTED, now)
-            elif self.policy.max_queue is not None and len(self._queue) >= self.policy.max_queue:
-                refusal = self._full(self._ready_at(next(iter(self._queue), slot)) - now)
-            elif (wait := self._turn_at(slot) - now) > patience:
-                refusal = self._too_slow(wait)
-            else:
-                slot.future = pending()
-                self._queue[slot] = None
-                self._queued_tokens += slot.tokens
-        self._resolve(woken)
+        try:
+            with self._lock:
+                now = self._clock()
+                woken = self._advance(now)
+                if not self._queue and self._ready_at(slot) - now <= _ROUNDING:
+                    self._grant(slot, State.GRANTED, now)
+                elif (
+                    self.policy.max_queue is not None and len(self._queue) >= self.policy.max_queue
+                ):
+                    refusal = self._full(self._ready_at(next(iter(self._queue), slot)) - now)
+                elif (wait := self._turn_at(slot) - now) > patience:
+                    refusal = self._too_slow(wait)
+                else:
+                    slot.future = pending()
+                    self._queue[slot] = None
+                    self._queued_tokens += slot.tokens
+            self._resolve(woken)
+        except BaseException:  # Ctrl-C
+            slot.leave(sent=False)
+            raise
         if refusal is not None:
             raise refusal
         return slot
@@ -212,9 +218,10 @@ class Limiter:
         return woken
 
     def _unqueue(self, slot: Slot) -> None:
-        """Take `slot` out of the queue; requires the lock."""
-        del self._queue[slot]
-        self._queued_tokens -= slot.tokens
+        """Take `slot` out of the queue if it got there; requires the lock."""
+        if slot in self._queue:
+            del self._queue[slot]
+            self._queued_tokens -= slot.tokens
 
     def _depart(self, departure: Departure, now: float) -> None:
         """Take a slot out of the queue or off its place; requires the lock."""
