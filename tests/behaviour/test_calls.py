@@ -20,6 +20,7 @@ from dspy_resilient import (
     RetryPolicy,
     ThrottledError,
 )
+from dspy_resilient.events import FlightJoined
 from dspy_resilient.testing import Hang, Hold, Provider, Status, rate_limited
 
 AT_ONCE = RetryPolicy(base=0.0)
@@ -326,14 +327,18 @@ def test_a_failing_leader_fails_its_followers_at_once(provider, make):
 
 async def test_a_cancelled_leader_promotes_a_follower(provider, make):
     """The rest get their answer with a second request (R44)."""
-    lm = make()
+    joined = threading.Semaphore(0)
+    lm = make(on_event=lambda event: isinstance(event, FlightJoined) and joined.release())
     provider.script(Hang())
-    tasks = [asyncio.create_task(lm.acall("q")) for _ in range(8)]
+    leader = asyncio.create_task(lm.acall("q"))
     await asyncio.to_thread(provider.wait_for, 1)
-    tasks[0].cancel()
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert isinstance(results[0], asyncio.CancelledError)
-    assert results[1:] == [["Paris"]] * 7
+    followers = [asyncio.create_task(lm.acall("q")) for _ in range(7)]
+    for _ in followers:
+        await asyncio.to_thread(joined.acquire)
+    leader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leader
+    assert await asyncio.gather(*followers) == [["Paris"]] * 7
     assert provider.count == 2
 
 
