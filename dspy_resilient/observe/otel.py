@@ -31,6 +31,7 @@ from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observa
 from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider
 
 from dspy_resilient import events
+from dspy_resilient.observe import conventions
 from dspy_resilient.observe.metrics import COUNTERS, Counter, circuit_states, runtimes, totals
 
 if TYPE_CHECKING:
@@ -49,26 +50,6 @@ _ON_THE_WAY = (
     events.RetryScheduled,
     events.WaitStarted,
 )
-
-# How LiteLLM and the conventions call the same provider, where they differ.
-_PROVIDERS = {
-    "azure": "azure.ai.openai",
-    "azure_ai": "azure.ai.inference",
-    "bedrock": "aws.bedrock",
-    "gemini": "gcp.gemini",
-    "mistral": "mistral_ai",
-    "vertex_ai": "gcp.vertex_ai",
-    "watsonx": "ibm.watsonx.ai",
-    "xai": "x_ai",
-}
-_SETTINGS = (
-    *("temperature", "top_p", "top_k", "max_tokens", "seed"),
-    *("frequency_penalty", "presence_penalty"),
-)
-_USAGE = {
-    "input": ("prompt_tokens", "input_tokens"),
-    "output": ("completion_tokens", "output_tokens"),
-}
 
 
 def instrument(
@@ -175,13 +156,13 @@ class _Reporter:
     @contextlib.contextmanager
     def call(self, call: Call) -> Iterator[None]:
         target = call.targets[0]
-        about = _operation(target.lm)
+        about = conventions.operation(target.lm)
         name = f"{about['gen_ai.operation.name']} {about['gen_ai.request.model']}"
         clock, outcome = target.runtime.clock, dict(about)
         started = clock()
         try:
             client = {"dspy_resilient.client": target.runtime.name}
-            with self._span(name, SpanKind.CLIENT, client | about | _settings(call)):
+            with self._span(name, SpanKind.CLIENT, client | about | conventions.settings(call)):
                 yield
         except BaseException as error:
             outcome["error.type"] = type(error).__name__
@@ -219,10 +200,10 @@ class _Reporter:
 
     def _answered(self, span: Span, attempt: Attempt) -> None:
         """Tell the span of the call, and the metrics, what came back."""
-        about = _operation(attempt.target.lm)
+        about = conventions.operation(attempt.target.lm)
         span.set_attribute("dspy_resilient.target", attempt.label)
-        span.set_attributes(_response(attempt.record))
-        for kind, tokens in _usage(attempt.record).items():
+        span.set_attributes(conventions.response(attempt.record))
+        for kind, tokens in conventions.usage(attempt.record).items():
             span.set_attribute(f"gen_ai.usage.{kind}_tokens", tokens)
             self._tokens.record(tokens, about | {"gen_ai.token.type": kind})
 
@@ -251,53 +232,6 @@ class _Reporter:
             if not self._faulty:
                 self._faulty = True
                 events.logger.exception("dspy_resilient.telemetry_failed")
-
-
-def _operation(lm: Any) -> dict[str, str]:
-    provider, slash, model = lm.model.partition("/")
-    about = {
-        "gen_ai.operation.name": "text_completion" if lm.model_type == "text" else "chat",
-        "gen_ai.request.model": model if slash else lm.model,
-    }
-    if slash:
-        about["gen_ai.provider.name"] = _PROVIDERS.get(provider, provider)
-    return about
-
-
-def _settings(call: Call) -> dict[str, Any]:
-    """Return what the request asks for, as far as it is plain numbers."""
-    asked = {**call.targets[0].lm.kwargs, **call.kwargs}
-    told: dict[str, Any] = {
-        f"gen_ai.request.{name}": asked[name]
-        for name in _SETTINGS
-        if isinstance(asked.get(name), (int, float))
-    }
-    if isinstance(asked.get("n"), int) and asked["n"] > 1:
-        told["gen_ai.request.choice.count"] = asked["n"]
-    if call.streams:
-        told["gen_ai.request.stream"] = True
-    return told
-
-
-def _response(record: Mapping[str, Any]) -> dict[str, Any]:
-    response = record.get("response")
-    choices = getattr(response, "choices", None) or ()
-    reasons = [str(reason) for each in choices if (reason := getattr(each, "finish_reason", None))]
-    told = {
-        "gen_ai.response.model": record.get("response_model"),
-        "gen_ai.response.id": getattr(response, "id", None),
-        "gen_ai.response.finish_reasons": reasons,
-    }
-    return {name: value for name, value in told.items() if value}
-
-
-def _usage(record: Mapping[str, Any]) -> dict[str, int]:
-    usage = record.get("usage") or {}
-    found = {
-        kind: next((usage[name] for name in names if isinstance(usage.get(name), int)), None)
-        for kind, names in _USAGE.items()
-    }
-    return {kind: tokens for kind, tokens in found.items() if tokens is not None}
 
 
 def _facts(event: events.Event) -> dict[str, Any]:
