@@ -67,13 +67,13 @@ def _pass_gate(call: Call, client: Runtime, route: Route, lease: float) -> Steps
     while (passage := gate.admit(lease)) is None:
         wait, now = gate.wait_time(), client.clock()
         if is_hopeless(client, gate) or (math.isfinite(wait) and wait >= call.left(now)):
-            hint = gate.hint
+            pause = gate.hint or (wait if math.isfinite(wait) else None)
             error = ThrottledError(
                 f"client {client.name!r}: {route.label} asked for a pause"
-                + (f" of {hint:.1f} s" if hint is not None else "")
+                + (f" of {pause:.1f} s" if pause is not None else "")
                 + ", which is longer than this call may wait",
                 client=client.name,
-                retry_after=hint,
+                retry_after=pause,
             )
             raise rejected(client, route, error)
         yield from _line_up(client, gate, route.label, call.left(now))
@@ -94,7 +94,8 @@ def _take_slot(
     slot: Slot | None = None
     try:
         while (limiter := route.limiter) is not None:
-            slot = limiter.enter(target.estimate(call), call.left(client.clock()))
+            tokens = 0 if limiter.policy.tpm is None else target.estimate(call)
+            slot = limiter.enter(tokens, call.left(client.clock()))
             while not slot.granted and limiter is route.limiter:
                 yield Wait(slot.future, min(slot.wait_time(), call.left(client.clock())))
                 slot.poll()

@@ -19,12 +19,14 @@ _NAMES = ("max_tokens", "max_completion_tokens")
 
 
 @functools.lru_cache(maxsize=512)
-def is_reasoning(model: str) -> bool:
+def is_reasoning(model: Any) -> bool:
     """Whether DSPy counts `model` among OpenAI's reasoning models."""
     try:
         dspy.LM(model, temperature=0.5)
     except dspy.LMConfigurationError:
         return True
+    except ValueError:  # the name of somebody's own LM, which DSPy has no rule for
+        return False
     return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -36,6 +37,9 @@ CONNECTION = frozenset(
         "project",
     }
 )
+
+
+_BLOB = re.compile(r"[A-Za-z0-9+/=_-]{2000,}")  # what no prompt says in words: base64
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
@@ -102,15 +106,20 @@ class Target:
         return key_of(self.lm, call.method, self.args(call), self.kwargs(call), self.runtime.tenant)
 
     def estimate(self, call: Call) -> int:
-        """Guess the tokens this call will use: 4 characters each, and the most it may answer."""
-        kwargs = self.kwargs(call)
-        prompt = str(
-            kwargs.get("messages") or (call.args[0] if call.args else kwargs.get("prompt"))
-        )
-        answer = setting("max_tokens", self.lm, kwargs) or setting(
-            "max_completion_tokens", self.lm, kwargs
-        )
-        return len(prompt) // 4 + (answer if isinstance(answer, int) else 256)
+        """Guess the tokens this call will use, prompt and answer together.
+
+        4 characters each, 1,000 for an image or a recording, and the most it may answer.
+        """
+        kwargs, args = self.kwargs(call), self.args(call)
+        prompt = args[0] if args else kwargs.get("messages") or kwargs.get("prompt")
+        text, blobs = _BLOB.subn("", str(prompt))
+        if isinstance(prompt, dspy.lm15.Request):
+            most = prompt.config.max_tokens
+        else:
+            most = setting("max_tokens", self.lm, kwargs) or setting(
+                "max_completion_tokens", self.lm, kwargs
+            )
+        return len(text) // 4 + 1000 * blobs + (most if isinstance(most, int) else 256)
 
     def attempt(
         self, call: Call, route: Route, admission: Admission, passage: GatePass, slot: Slot | None

@@ -99,3 +99,10 @@ def test_a_copys_setting_is_fitted_as_a_calls_is(provider, make, ask):
     provider.script(Status(500), Status(500))
     ask(lm.copy(temperature=0.9, rollout_id=1), "q")
     assert [sent(request) for request in provider.requests] == [{"temperature": 0.9}, {}, {}]
+
+
+@pytest.mark.parametrize("name", ["", None, "mine", "mine/"])
+def test_a_name_that_dspy_would_refuse_is_nobody_special(name):
+    """An LM class of somebody's own may be called anything."""
+    assert is_reasoning(name) is False
+    assert fit(name, {"temperature": 0.2}) == {"temperature": 0.2}
