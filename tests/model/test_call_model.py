@@ -20,9 +20,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from dspy_resilient import CircuitPolicy, LimitPolicy, ResilientLM, RetryPolicy
 from dspy_resilient.cache import Answer
-from dspy_resilient.call import Prepare, Wait, complete
+from dspy_resilient.call import complete
 from dspy_resilient.fallbacks import Fallbacks
 from dspy_resilient.runtime import Runtime
+from dspy_resilient.steps import Disk, Prepare, Wait
 from dspy_resilient.target import Target
 from dspy_resilient.testing import Clock
 
@@ -100,6 +101,8 @@ class CallMachine(RuleBasedStateMachine):
     def go_on(self, call, resume, value=None):
         try:
             call.step = resume(value)
+            while isinstance(call.step, Disk):
+                call.step = call.steps.send(call.step.work())
         except StopIteration:
             self.end(call)
         except (Exception, asyncio.CancelledError, KeyboardInterrupt) as error:
