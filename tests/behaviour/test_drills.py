@@ -11,9 +11,10 @@ from email.utils import formatdate
 import dspy
 import pytest
 
-from dspy_resilient import CircuitOpenError, CircuitPolicy, RetryPolicy
+from dspy_resilient import CircuitBreaker, CircuitOpenError, CircuitPolicy, RetryPolicy
 from dspy_resilient.testing import (
     CutStream,
+    Hold,
     Provider,
     StallStream,
     Status,
@@ -234,6 +235,67 @@ def test_empty_account_is_found_out_once(provider, make, ask, code):
     provider.always(None)
     assert ask(lm, "more", api_key="another key") == ["Paris"]
     assert provider.count == 2
+
+
+# Whose circuit it is
+
+
+def test_endpoint_of_one_call_has_a_circuit_of_its_own(provider, make, ask):
+    """What happens at another endpoint says nothing about the client's own (R26)."""
+    with Provider() as other:
+        other.down("500")
+        lm = make(circuit=BRIEF, num_retries=0, max_wait=0)
+        for question in QUESTIONS[:3]:
+            with pytest.raises(dspy.LMServerError):
+                ask(lm, question, api_base=other.api_base)
+        with pytest.raises(CircuitOpenError):
+            ask(lm, "more", api_base=other.api_base)
+        assert ask(lm, "more") == ["Paris"]
+        assert (provider.count, other.count) == (1, 3)
+        assert sorted(circuit.state for circuit in lm.circuits.values()) == ["closed", "open"]
+
+
+def test_clients_may_share_a_circuit_on_purpose(provider, make, ask):
+    """One `CircuitBreaker` object given to two clients is one circuit (R26)."""
+    shared = CircuitBreaker(BRIEF)
+    one, two = (make(circuit=shared, num_retries=0, max_wait=0) for _ in range(2))
+    provider.down("500")
+    for question in QUESTIONS[:3]:
+        with pytest.raises(dspy.LMServerError):
+            ask(one, question)
+    with pytest.raises(CircuitOpenError):
+        ask(two, "more")
+    assert provider.count == 3
+
+
+def test_credentials_of_calls_are_kept_in_bounds(make):
+    """A server with a key per user keeps the state of those seen last (R26)."""
+    lm = make()
+    routes = lm._runtime.routes
+    first = routes.find(lm, {"api_key": "user 0"})
+    for number in range(600):
+        routes.find(lm, {"api_key": f"user {number}"})
+    assert len(routes.all()) == 512
+    assert routes.find(lm, {"api_key": "user 599"}) in routes.all()
+    assert first not in routes.all()
+    assert len(lm.circuits) == 1  # the endpoint's own, which all of them share
+
+
+def test_probe_may_take_as_long_as_the_clients_timeout(provider, make):
+    """A slow model's probe keeps its place beyond `probe_lease` (R24)."""
+    lm = make(circuit=CircuitPolicy(probe_lease=0.1), timeout=200, max_wait=0)
+    hold = Hold()
+    provider.script(hold)
+    lm.circuit.force_half_open()
+    with ThreadPoolExecutor(1) as pool:
+        probe = pool.submit(lm, "probe")
+        provider.wait_for(1)
+        assert 190 < lm.circuit.recheck_time() <= 200
+        with pytest.raises(CircuitOpenError):
+            lm("more")
+        hold.release()
+        assert probe.result(30) == ["Paris"]
+    assert provider.count == 1
 
 
 # In the middle of an answer

@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 LIMIT = 2**28
+LIVES = 100
 
 
 def key(number):
@@ -64,7 +65,7 @@ def work_together(work):
 def test_killed_writer_loses_at_most_what_it_was_writing(tmp_path):
     """kill -9 at any moment: every entry is whole and right, or was never stored (R46)."""
     chance = random.Random(7)
-    for life in range(20):
+    for life in range(LIVES):
 
         def write_for_ever(tell, life=life):
             disk = DiskCache(tmp_path, limit_bytes=LIMIT)
@@ -89,6 +90,30 @@ def test_killed_writer_loses_at_most_what_it_was_writing(tmp_path):
                 assert found.outputs[0] in {text(number, past) for past in range(life + 1)}
         assert disk.errors == 0
     assert len(list(tmp_path.glob("*/*.json"))) <= 40
+
+
+def test_disk_that_is_really_full_is_a_miss(tmp_path):
+    """The system cuts a write short: no call fails, nothing half is left, the rest is read (R46)."""
+    disk = DiskCache(tmp_path, limit_bytes=LIMIT)
+    assert disk.put(key(1), answer(1))
+
+    def work(tell):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        cache = ResponseCache(CachePolicy(), folder=str(tmp_path))
+        for number in range(2, 6):
+            cache.put(key(number), answer(number))
+            assert cache.get(key(number)).outputs == [text(number)]
+        assert cache.numbers().disk_errors == 4
+        cache.close()
+        assert cache.get(key(1)).outputs == [text(1)]
+        assert cache.get(key(2)) is None
+
+    child, told = start(work)
+    told.close()
+    assert ended(child) == 0
+    assert [file.name for file in tmp_path.glob("*/*")] == [f"{key(1)}.json"]
 
 
 def test_processes_share_a_folder(tmp_path):

@@ -238,6 +238,56 @@ def test_hostile_json_is_a_miss(tmp_path, warnings, body):
     assert len(warnings()) == 1
 
 
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+NAMES = st.sampled_from(
+    ["response", "usage", "cost", "model", "choices", "message", "__class__", "__dict__", "x"]
+)
+CLASSES = st.sampled_from(
+    ["litellm.types.utils:ModelResponse", "litellm.types.utils:Usage", "os:system", "Response"]
+)
+
+
+def with_forms(inner):
+    """Everything that JSON may hold, and everything that an entry may say in it, made of `inner`."""
+    fields = st.dictionaries(NAMES, inner, max_size=4)
+    return (
+        st.lists(inner, max_size=3)
+        | fields
+        | st.fixed_dictionaries({"$": st.just("tuple"), "of": st.lists(inner, max_size=3)})
+        | st.fixed_dictionaries({"$": st.sampled_from(["dict", "attributes"]), "of": fields})
+        | st.fixed_dictionaries({"$": st.just("typed"), "class": CLASSES, "of": fields})
+        | st.fixed_dictionaries(
+            {
+                "$": st.just("object"),
+                "class": CLASSES,
+                "unset": st.lists(NAMES, max_size=2),
+                "of": st.tuples(fields, st.none() | fields),
+            }
+        )
+    )
+
+
+ANYTHING = st.recursive(LEAVES, with_forms, max_leaves=12)
+
+
+@given(
+    outputs=ANYTHING,
+    record=st.none() | st.dictionaries(NAMES, ANYTHING, max_size=4) | ANYTHING,
+    rest=st.fixed_dictionaries(
+        {}, optional={"target": ANYTHING, "tokens": ANYTHING, "stored": ANYTHING}
+    ),
+)
+def test_whatever_an_entry_says_it_is_a_hit_or_a_miss(tmp_path_factory, outputs, record, rest):
+    """No exception leaves: neither when it is read nor when the answer is handed out (R46)."""
+    body = json.dumps({**FINE, "outputs": outputs, "record": record, **rest}).encode()
+    found = broken(tmp_path_factory.mktemp("forged"), lambda _: forged(body)).get(key())
+    if found is not None:
+        found.fresh_outputs()
+        found.replayed_record()
+        assert isinstance(found.tokens, int)
+        assert found.cost is None or isinstance(found.cost, (int, float))
+
+
 @pytest.mark.parametrize(
     "place",
     ["os:system", "subprocess:Popen", "litellm.types.utils:os", "litellm:nothing", "litellm", ""],
