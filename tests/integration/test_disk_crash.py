@@ -84,7 +84,7 @@ def test_killed_writer_loses_at_most_what_it_was_writing(tmp_path):
         disk = DiskCache(tmp_path, limit_bytes=LIMIT)
         for number in range(40):
             found = disk.get(key(number))
-            if number < stored:
+            if number < stored and number != stored % 40:  # the one that was being written
                 assert found.outputs == [text(number, life)]
             elif found is not None:
                 assert found.outputs[0] in {text(number, past) for past in range(life + 1)}
