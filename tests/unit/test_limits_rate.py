@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from dspy_resilient.errors import LimitExceededError
 from dspy_resilient.limits import Limiter
 from dspy_resilient.policies import LimitPolicy
 from dspy_resilient.testing.clock import Clock
@@ -234,3 +235,46 @@ def test_both_rates_hold(clock):
     assert granted_now(limiter, tokens=500) == 2
     clock.advance(5)
     assert granted_now(limiter, tokens=1) == 5
+
+
+@pytest.mark.parametrize(
+    ("policy", "tokens"), [({"rpm": 60}, 0), ({"tpm": 600}, 10), ({"rpm": 3}, 0), ({"tpm": 60}, 40)]
+)
+def test_who_cannot_wait_so_long_is_refused_at_once_and_told_how_long(clock, policy, tokens):
+    """The wait behind the whole queue, to the second; nothing is taken (R50, R53)."""
+    limiter = limiter_for(clock, **policy)
+    slots = [limiter.enter(tokens) for _ in range(12)]
+    with pytest.raises(LimitExceededError) as caught:
+        limiter.enter(tokens, patience=0.5)
+    wait = caught.value.retry_after
+    assert limiter.queued == sum(not slot.granted for slot in slots)
+    last = limiter.enter(tokens, patience=wait + 0.001)
+    began = clock()
+    for slot in [*slots, last]:
+        if not slot.granted:
+            clock.advance(slot.wait_time())
+            assert slot.poll()
+    assert clock() - began == pytest.approx(wait)
+
+
+def test_patience_covers_a_queue_of_unequal_requests(clock):
+    """What those ahead have asked for counts, and what they give back (R53)."""
+    limiter = limiter_for(clock, tpm=600)  # 10 a second, 50 at once
+    limiter.enter(50)
+    waiters = [limiter.enter(tokens) for tokens in (10, 30, 20)]
+    with pytest.raises(LimitExceededError) as caught:
+        limiter.enter(10, patience=6.9)
+    assert caught.value.retry_after == pytest.approx(7.0)
+    waiters[1].leave()
+    assert limiter.enter(10, patience=4.1).future is not None
+    with pytest.raises(LimitExceededError) as caught:
+        limiter.enter(10, patience=4.0)
+    assert caught.value.retry_after == pytest.approx(5.0)
+
+
+def test_a_place_is_waited_for_as_nobody_knows_how_long(clock):
+    """How long those under way will take is not held against anybody (R53)."""
+    limiter = limiter_for(clock, max_concurrent=1, rpm=600)
+    limiter.enter()
+    assert not limiter.enter(patience=0.0).granted
+    assert limiter.queued == 1
