@@ -21,13 +21,14 @@ from dspy_resilient.consequences import (
     AnswerFilteredError,
     check_throttle,
     excuses_stale,
+    is_our_circuits,
     is_the_providers,
     leads_on,
     nobody_answered,
     pause,
     special_kind,
 )
-from dspy_resilient.errors import CallRejectedError, CircuitOpenError, RestartLimitError
+from dspy_resilient.errors import CallRejectedError, RestartLimitError
 from dspy_resilient.events import AttemptFailed, CacheHit, FellBack, FlightJoined
 from dspy_resilient.progress import AttemptSummary, Served, Turn
 from dspy_resilient.steps import Disk, Prepare, Wait
@@ -212,7 +213,7 @@ def _ask_targets(
                 if not leads_on(failure, kept_for) or _is_over(call, client):
                     raise
                 turn.error = error = failure
-                turn.final = not isinstance(failure, CircuitOpenError)
+                turn.final = not is_our_circuits(failure)
         if (early := _early_probe(call, client, turns)) is not None:
             asked = [early]
             continue

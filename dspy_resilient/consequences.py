@@ -57,6 +57,11 @@ def is_the_providers(error: BaseException) -> bool:
     )
 
 
+def is_our_circuits(error: Exception) -> bool:
+    """Whether a circuit of ours refused; what a client within an attempt says comes with a verdict."""
+    return isinstance(error, CircuitOpenError) and not hasattr(error, "verdict")
+
+
 def special_kind(error: Exception) -> Kind | None:
     """Return which of the lists kept for one kind of error may do better, if any."""
     verdict = getattr(error, "verdict", None)
