@@ -49,7 +49,7 @@ def clear_the_way(call: Call, client: Runtime, turn: Turn, route: Route) -> Step
         admission: Admission | None = None
         try:
             if passage.is_current:
-                admission = route.admit(lease, early=turn.early)
+                admission = yield from _admit(call, client, turn, route)
                 turn.early = False
                 if admission is not None:
                     return target.attempt(call, route, admission, passage, slot)
@@ -59,6 +59,20 @@ def clear_the_way(call: Call, client: Runtime, turn: Turn, route: Route) -> Step
         _release(passage, slot)
         if passage.is_current:  # else the gate has closed during the queue
             raise rejected(client, route, route.rejection())
+
+
+def _admit(call: Call, client: Runtime, turn: Turn, route: Route) -> Steps[Admission | None]:
+    """Ask the circuit; if it is shared, and what is known of it too old, first ask the store."""
+    lease, early = turn.target.timeout(call) or 0.0, turn.early
+    if route.shared is None:
+        return route.admit(lease, early=early)
+    with route.shared.consulting(lease, early=early) as question:
+        if question is not None:
+            patience = min(route.shared.patience, call.left(client.clock()))
+            if not (yield Wait(question, patience)):
+                check_deadline(call, client)
+                route.shared.go_alone()
+        return route.admit(lease, early=early)
 
 
 def _pass_gate(call: Call, client: Runtime, route: Route, lease: float) -> Steps[GatePass]:

@@ -158,6 +158,20 @@ class ClientRestarted(Event):
     error: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreLost(Event):
+    """The store does not answer: this process goes on with what it knows itself."""
+
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreFound(Event):
+    """The store answers again, after `seconds`."""
+
+    seconds: float
+
+
 Listener = Callable[[Event], object]
 
 # What is worth a line in the log: what changes for every call to come, not what one call met.
@@ -238,7 +252,9 @@ def _log(event: Event) -> str:
         if name not in _BASE and value is not None
     )
     level = (
-        logging.INFO if isinstance(event, (CircuitHalfOpened, CircuitClosed)) else logging.WARNING
+        logging.INFO
+        if isinstance(event, (CircuitHalfOpened, CircuitClosed, StoreFound))
+        else logging.WARNING
     )
     line = f"{name_of(event)} client={printable(event.client)} "
     line += f"target={printable(event.target or '-')} {details}"

@@ -32,7 +32,6 @@ from dspy_resilient.options import (
     Options,
     build_options,
     check_call_options,
-    refuse_missing,
     refuse_ours,
     refuse_stream,
     refuse_to_copy,
@@ -112,6 +111,9 @@ class ResilientLM(dspy.LM):
             back, in the same forms. If none does better, error or answer stay as they were.
         deadline: Seconds for the whole call, waits and retries included. Default None: no limit.
         on_event: Called with every event (see `events`), in order; its errors are logged once.
+        shared: Where clients of the same name share their circuits: the address of a Redis or
+            Valkey server ("redis://", "rediss://" or "valkey://", `?namespace=` keeps environments
+            apart), a client for one, or a `shared.Store`. Default None: nothing is shared.
         **kwargs: Provider settings, as for `dspy.LM`.
 
     Raises:
@@ -147,9 +149,9 @@ class ResilientLM(dspy.LM):
         policy_fallbacks: Sequence[str | dict[str, Any] | dspy.BaseLM] | None = (),
         deadline: float | None = None,
         on_event: Listener | None = None,
+        shared: Any = None,
         **kwargs: Any,
     ) -> None:
-        refuse_missing(kwargs)
         refuse_stream(kwargs)
         check_call_options(max_wait=max_wait, deadline=deadline)
         options = build_options(
@@ -161,6 +163,7 @@ class ResilientLM(dspy.LM):
             num_retries=num_retries,
             limits=limits,
             on_event=on_event,
+            shared=shared,
         )
         if engine is UNSET:
             engine = "litellm" if prompt_cache is None else "auto"

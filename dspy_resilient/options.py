@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 UNSET: Any = object()
 _ME = "ResilientLM"
 FALLBACKS = ("fallbacks", "context_window_fallbacks", "policy_fallbacks")
-_NOT_YET = frozenset({"shared"})
-_OF_THE_CLIENT = _NOT_YET | {
+_OF_THE_CLIENT = {
     *FALLBACKS,
     "cache_policy",
     "circuit",
@@ -34,6 +33,7 @@ _OF_THE_CLIENT = _NOT_YET | {
     "name",
     "on_event",
     "retry",
+    "shared",
 }
 _OURS = _OF_THE_CLIENT | {"max_wait", "deadline"}
 
@@ -49,6 +49,7 @@ class Options:
         retry: How failed attempts are repeated.
         limits: How much is sent at a time, or None for no limit.
         on_event: The user's listener, or None.
+        shared: The store to share through, as the user gave it, or None.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Options:
     retry: RetryPolicy
     limits: LimitPolicy | None = None
     on_event: Listener | None = None
+    shared: Any = field(default=None, repr=False)
 
 
 def build_options(
@@ -69,6 +71,7 @@ def build_options(
     num_retries: Any,
     limits: Any,
     on_event: Any,
+    shared: Any,
 ) -> Options:
     """Return the options in long form.
 
@@ -78,6 +81,10 @@ def build_options(
     """
     text(_ME, "name", name)
     function(_ME, "on_event", on_event)
+    if shared is not None and isinstance(circuit, CircuitBreaker):
+        raise ValueError(
+            f"{_ME}: circuit=a CircuitBreaker and shared contradict each other; give a CircuitPolicy"
+        )
     return Options(
         name=name or model,
         cache=_policy("cache", cache, CachePolicy) or CachePolicy(),
@@ -85,6 +92,7 @@ def build_options(
         retry=_retry(retry, num_retries),
         limits=_limits(limits),
         on_event=on_event,
+        shared=shared,
     )
 
 
@@ -107,12 +115,6 @@ def refuse_stream(kwargs: dict[str, Any]) -> None:
             "stream=True is not a setting of an LM call; wrap the program with dspy.streamify",
             features=["stream"],
         )
-
-
-def refuse_missing(kwargs: dict[str, Any]) -> None:
-    """Raise TypeError for an argument of ours that does nothing yet, rather than ignore it."""
-    for name in sorted(_NOT_YET & kwargs.keys()):
-        raise TypeError(f"{_ME}: {name} is not available yet")
 
 
 def refuse_to_copy(kwargs: dict[str, Any]) -> None:

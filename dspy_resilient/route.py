@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cachetools
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dspy_resilient.circuit import CircuitBreaker, Permit, Verdict
     from dspy_resilient.errors import CircuitOpenError
     from dspy_resilient.runtime import Runtime
+    from dspy_resilient.shared.circuit import SharedCircuit
 
 _AUTH_FAILURES = 3
 
@@ -96,6 +97,7 @@ class Route:
         self.circuit = circuit
         self.budget = budget
         self.access: CircuitBreaker | None = None
+        self.shared = cast("SharedCircuit", circuit) if runtime.fleet is not None else None
         self.gate = runtime.new_gate(label)
         self.limiter = runtime.new_limiter(label)
         self._runtime = runtime
@@ -252,7 +254,7 @@ class Routes:
             runtime = self._runtime
             circuit = self._shared
             if circuit is None and runtime.circuit_policy is not None:
-                circuit = runtime.new_circuit(label_of(way))
+                circuit = runtime.new_circuit(label_of(way), way)
             self._ways[way] = circuit, RetryBudget(runtime.retry.budget)
         circuit, budget = self._ways[way]
         return Route(self._runtime, way, circuit, budget)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dspy_resilient.options import Options
     from dspy_resilient.progress import Call
     from dspy_resilient.route import Route
+    from dspy_resilient.shared import Fleet
 
 
 class Tracer(Protocol):
@@ -85,25 +86,45 @@ class Runtime:
         self.cache = ResponseCache(options.cache, clock=clock, folder=folder)
         shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
         self.circuit_policy = shared.policy if shared is not None else options.circuit
+        self.fleet = self._join_fleet()
         self.routes = Routes(self, shared)
         self.fallback_routes = Routes(self)
+
+    def _join_fleet(self) -> Fleet | None:
+        if self.options.shared is None:
+            return None
+        from dspy_resilient.shared import Fleet  # noqa: PLC0415  # only for those who share
+
+        return Fleet(self.options.shared, self.name, clock=self.clock, emit=self.emit)
 
     def ready(self) -> bool:
         """Whether the next attempt can be sent at once."""
         return providers.loaded()
 
-    def new_circuit(self, label: str, **changes: Any) -> CircuitBreaker:
-        """Return a circuit of this client's policy for the place called `label`."""
-        policy = dataclasses.replace(self.options.circuit, **changes)  # type: ignore[type-var]  # never None here
-        return CircuitBreaker(
-            policy,
-            name=f"{self.name}: {label}",
-            target=label,
-            clock=self.clock,
-            random=self.random,
-            listener=self.hub.emit,
-            client=self.name,
-        )
+    def new_circuit(
+        self, label: str, way: tuple[str, str, str] | None = None, **changes: Any
+    ) -> CircuitBreaker:
+        """Return a circuit of this client's policy for the place called `label`.
+
+        Args:
+            label: For people.
+            way: The way to the provider, if the circuit is to be shared where anything is.
+            **changes: To the policy.
+        """
+        given = self.circuit_policy
+        assert given is not None  # or nobody asks
+        policy = dataclasses.replace(given, **changes)
+        facts: dict[str, Any] = {
+            "name": f"{self.name}: {label}",
+            "target": label,
+            "clock": self.clock,
+            "random": self.random,
+            "listener": self.hub.emit,
+            "client": self.name,
+        }
+        if self.fleet is None or way is None:
+            return CircuitBreaker(policy, **facts)
+        return self.fleet.circuit(way, policy, **facts)
 
     def new_gate(self, label: str) -> ThrottleGate:
         """Return an open throttle gate for the place called `label`."""
@@ -239,6 +260,8 @@ class Runtime:
         """Refuse further calls, release the cache, and close the connections that nobody uses."""
         self.closed = True
         self.cache.close()
+        if self.fleet is not None:
+            self.fleet.close()
         self.connections.renew()
 
     def totals(self) -> Stats:

@@ -79,7 +79,11 @@ def dump_options(
     lost: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return a client's policies and fallbacks; what is `lost`, and any hook, only a warning names."""
-    hooks = {"on_event": options.on_event, "store_if": options.cache.store_if}
+    shared = options.shared
+    keeps = isinstance(shared, str) and not strip_secrets({"shared": shared})[1]
+    hooks: dict[str, Any] = {"on_event": options.on_event, "store_if": options.cache.store_if}
+    if not keeps:
+        hooks["shared"] = shared
     lost = sorted({*lost, *(name for name, hook in hooks.items() if hook is not None)})
     if lost:
         warnings.warn(
@@ -96,6 +100,7 @@ def dump_options(
         "circuit": circuit.dump() if circuit is not None else False,
         "retry": options.retry.dump(),
         "limits": options.limits.dump() if options.limits is not None else None,
+        "shared": shared if keeps else None,
         **{
             name: [each if isinstance(each, str) else _dump_fallback(each) for each in given]
             for name, given in fallbacks.items()

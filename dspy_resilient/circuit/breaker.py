@@ -102,6 +102,7 @@ class CircuitBreaker(Turnstile, Wrapping):
         self.policy = policy
         self.client = client
         self._clock = clock
+        self._random = random
         # Re-entrant: the garbage collector may close an abandoned generator on this very thread
         # while it is in here, and the generator then reports its permit.
         self._lock = threading.RLock()

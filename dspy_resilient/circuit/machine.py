@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dspy_resilient.circuit.state import CircuitState
 from dspy_resilient.circuit.window import Window
@@ -27,6 +27,25 @@ _AT_ONCE = frozenset({"billing"})
 _CLOSED, _HALF_OPEN = CircuitState.CLOSED, CircuitState.HALF_OPEN
 _PASSING = (_CLOSED, CircuitState.FORCED_CLOSED)
 _REFUSING = (CircuitState.OPEN, CircuitState.FORCED_OPEN)
+
+
+class Standing(Protocol):
+    """How a circuit stands by somebody else's account; see `Machine` and `wait`."""
+
+    @property
+    def state(self) -> CircuitState: ...
+    @property
+    def age(self) -> float: ...
+    @property
+    def remaining(self) -> float: ...
+    @property
+    def failures(self) -> int: ...
+    @property
+    def openings(self) -> int: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def error(self) -> str | None: ...
 
 
 class Machine:
@@ -71,7 +90,7 @@ class Machine:
         self._window = Window(policy.window)
         self._successes = 0
         self._left_closed = now
-        self._steps = _steps(policy)
+        self._steps = steps_to_longest(policy)
 
     def seen(self, now: float) -> CircuitState:
         """Return the state as a caller would find it."""
@@ -205,6 +224,24 @@ class Machine:
         if not was_closed:
             self._note(CircuitClosed, now, seconds=now - self._left_closed)
 
+    def adopt(self, now: float, view: Standing) -> None:
+        """Become what others have decided for this circuit."""
+        if view.state in _REFUSING:
+            self.refuse(now, view.state, view.remaining, view.reason or "", view.error)
+        elif view.state is _HALF_OPEN:
+            self.become_half_open(now)
+        else:
+            self.close(now, view.state)
+        self.since = now - view.age
+        self.openings = view.openings
+        self.follow(view)
+
+    def follow(self, view: Standing) -> None:
+        """Note what others have counted since they decided on the state."""
+        self.failures = view.failures
+        self.reason = view.reason
+        self.last_error = view.error
+
     def forget(self, now: float) -> None:
         """Become as new, but for the generation."""
         self.close(now)
@@ -251,7 +288,7 @@ class Machine:
         self._signals.note(kind(at=now, **self._facts, **facts))
 
 
-def _steps(policy: CircuitPolicy) -> int:
+def steps_to_longest(policy: CircuitPolicy) -> int:
     """Return after how many openings in a row the open time has grown to its longest."""
     if policy.backoff == 1:
         return sys.maxsize

@@ -55,10 +55,14 @@ class Places:
 
     def taken(self, now: float) -> int:
         """Return how many places are taken, after ending the leases that are over."""
+        return len(self.leases(now))
+
+    def leases(self, now: float) -> dict[object, float]:
+        """Return who has a place, and until when, after ending the leases that are over."""
         if now >= self.next_end:
             self._leases = {who: until for who, until in self._leases.items() if until > now}
             self.next_end = min(self._leases.values(), default=math.inf)
-        return len(self._leases)
+        return self._leases
 
 
 class Signals:

@@ -1,0 +1,125 @@
+"""A store in this process: for clients that are to share without a server, for tests, on paper time.
+
+It runs the very state machine of a single client, under one short lock; the server-side scripts of
+`redis.py` do the same in their language.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import cachetools
+
+from dspy_resilient.circuit import CircuitState, Outcome
+from dspy_resilient.circuit.machine import Machine
+from dspy_resilient.circuit.waiting import Places, Signals
+from dspy_resilient.fork import renew_after_fork
+from dspy_resilient.shared.store import KEPT, CircuitView
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dspy_resilient.policies import CircuitPolicy
+    from dspy_resilient.shared.store import CircuitReport, CircuitVerdict
+
+_MOST = 65_536
+
+
+class MemoryStore:
+    """A store for clients in one process; safe for threads. In a forked child it starts empty.
+
+    Args:
+        namespace: See `Store`.
+        clock: Seconds.
+    """
+
+    def __init__(self, namespace: str = "", *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.namespace = namespace
+        self._clock = clock
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Start empty: what a forked child does."""
+        self._lock = threading.Lock()
+        self._kept: Any = cachetools.TTLCache(_MOST, KEPT, timer=self._clock)
+
+    def close(self) -> None:
+        """Do nothing: there is no connection."""
+
+    def circuit(self, key: str, policy: CircuitPolicy, report: CircuitReport) -> CircuitView:
+        """Answer `Store.circuit`; the policy of whoever came first is in force."""
+        with self._lock:
+            now = self._clock()
+            circuit = self._kept.get(key) or _Circuit(policy, now)
+            self._kept[key] = circuit
+            return circuit.hear(now, report)
+
+
+class _Circuit:
+    """One circuit: the state machine, and the stamp of its last change."""
+
+    def __init__(self, policy: CircuitPolicy, now: float) -> None:
+        self._draw = 0.5
+        self._places = Places()
+        signals = Signals(None)
+        self._machine = Machine(policy, now, lambda: self._draw, signals, self._places, client="")
+        self._stamp = 0
+
+    def hear(self, now: float, report: CircuitReport) -> CircuitView:
+        self._draw = report.draw
+        machine = self._machine
+        believed = report.generation
+        if believed is None:
+            believed = math.floor((now - report.age) * 1e6)
+        accepted = believed > self._stamp
+        if accepted:
+            machine.adopt(now, report)
+            self._stamp = believed
+        generation = machine.generation
+        for verdict in report.verdicts if believed == self._stamp else ():
+            if machine.generation == generation:
+                self._count(now, verdict)
+        granted = False
+        if report.probe is not None and not machine.passes:
+            granted = machine.lets_probe(now, early=report.early)
+            if granted:
+                self._places.take(report.probe, now + report.lease)
+        changes = machine.generation - generation
+        if changes:
+            self._stamp = max(math.floor(now * 1e6), self._stamp + 1) + changes - 1
+        return self._view(now, accepted=accepted, granted=granted)
+
+    def _count(self, now: float, verdict: CircuitVerdict) -> None:
+        machine = self._machine
+        generation = machine.generation
+        if verdict.outcome is Outcome.FAILURE:
+            machine.fail(now, verdict.reason or "", verdict.error, verdict.retry_after)
+        elif verdict.outcome is Outcome.SUCCESS:
+            for i in range(verdict.number):
+                slow = i >= verdict.number - verdict.slow
+                if machine.generation == generation:
+                    machine.succeed(now, math.inf if slow else 0.0)
+        if verdict.probe is not None:
+            machine.free(verdict.probe)
+
+    def _view(self, now: float, *, accepted: bool, granted: bool) -> CircuitView:
+        machine = self._machine
+        places = {str(name): until - now for name, until in self._places.leases(now).items()}
+        return CircuitView(
+            at=now,
+            generation=self._stamp,
+            accepted=accepted,
+            granted=granted,
+            places=places,
+            state=CircuitState(machine.state),
+            age=now - machine.since,
+            remaining=max(0.0, machine.open_until - now) if machine.refuses else 0.0,
+            failures=machine.failures,
+            openings=machine.openings,
+            reason=machine.reason,
+            error=machine.last_error,
+        )

@@ -1,0 +1,136 @@
+"""What a store of shared state can do, and the words in which it is asked.
+
+A verb is atomic and says everything in one go: a client reports what it has seen, says what it
+believes and may ask for something, and the answer is how things stand now. There is no get and no
+set, so two clients cannot overwrite each other. This module knows no particular store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+from dspy_resilient.circuit import CircuitState, Outcome
+
+if TYPE_CHECKING:
+    from dspy_resilient.policies import CircuitPolicy
+
+KEPT = 86_400.0
+"""Seconds after its last use at which a store forgets a piece of state."""
+
+
+class StoreAnswerError(Exception):
+    """A store's answer makes no sense."""
+
+
+class CircuitVerdict(NamedTuple):
+    """How one call ended, or `number` successes in a row.
+
+    Attributes:
+        outcome: What it says about the provider.
+        number: How many successes, if it is one.
+        slow: How many of them were slow.
+        reason: Why the circuit is open if this failure opens it.
+        error: Redacted text of the failure.
+        retry_after: Seconds the provider asked to be left alone.
+        probe: The place that the call held, if it was a probe.
+    """
+
+    outcome: Outcome
+    number: int = 1
+    slow: int = 0
+    reason: str | None = None
+    error: str | None = None
+    retry_after: float | None = None
+    probe: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CircuitReport:
+    """What a client believes of a circuit, has seen of the provider, and asks for.
+
+    Attributes:
+        generation: The generation it believes in, as the store gave it; None if the client has
+            changed the state by itself since.
+        state: The state it believes in.
+        age: Seconds since that state began.
+        remaining: Seconds it goes on refusing; inf for without end.
+        failures: Failures in a row.
+        openings: Openings in a row.
+        reason: Why it last opened.
+        error: Redacted text of the last failure.
+        verdicts: How calls of that generation ended, oldest first.
+        probe: Name of the place it asks for, to send a probe; None for none.
+        early: Whether that may be before the time (see `CircuitBreaker.try_admit`).
+        lease: Seconds after which that place is free again, come what may.
+        draw: A number from 0 to below 1, for the jitter.
+    """
+
+    generation: int | None
+    state: CircuitState
+    age: float
+    remaining: float
+    failures: int
+    openings: int
+    reason: str | None
+    error: str | None
+    verdicts: tuple[CircuitVerdict, ...] = ()
+    probe: str | None = None
+    early: bool = False
+    lease: float = 0.0
+    draw: float = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CircuitView:
+    """How a circuit stands once a report has been heard.
+
+    Attributes:
+        at: The store's clock.
+        generation: Stamp of the last change: microseconds of the store's clock, ever growing. 0
+            if nothing has changed yet.
+        accepted: Whether the store has taken on the client's state, which was the newer one.
+        granted: Whether the client has the place for a probe that it asked for.
+        places: The places taken, by name, and the seconds until each is free again.
+        state: As in the report, and so are the others.
+    """
+
+    at: float
+    generation: int
+    accepted: bool
+    granted: bool
+    places: dict[str, float]
+    state: CircuitState
+    age: float
+    remaining: float
+    failures: int
+    openings: int
+    reason: str | None
+    error: str | None
+
+
+@runtime_checkable
+class Store(Protocol):
+    """State that several clients have in common. Verbs may block; any exception is a fault.
+
+    Each verb takes effect at once and as a whole, by the store's own clock. What nobody uses is
+    forgotten after a day.
+
+    Attributes:
+        namespace: What keeps environments apart that use the same store; "" for none.
+    """
+
+    namespace: str
+
+    def circuit(self, key: str, policy: CircuitPolicy, report: CircuitReport) -> CircuitView:
+        """Hear `report` about the circuit `key`, and return how it stands.
+
+        The newest change that anybody knows of counts: a client that knows of a later one than
+        the store (which was emptied, restored or out of reach) is believed. Verdicts of an
+        earlier generation change nothing.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release connections; the store can still be used."""
+        ...
