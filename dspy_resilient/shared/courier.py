@@ -71,8 +71,10 @@ class Courier:
     def watch(self, link: Link[Any, Any]) -> None:
         """Go for `link` from time to time, for as long as it wants news."""
         with self._lock:
+            is_new = link not in self._watched
             self._watched[link] = None
-        self._wake()
+        if is_new:  # the thread may have settled down for a long wait
+            self.send(link)
 
     def note(self, link: Link[Any, Any], error: BaseException | None) -> None:
         """Tell of it when the first link loses the store, and when the last has found it again."""

@@ -62,7 +62,7 @@ def kinds(events, *wanted):
 
 def test_failures_of_all_clients_count_together(provider, pair, ask):
     """Two failures here and one there open the circuit of both; nobody is asked after that."""
-    here, there, *_ = pair()
+    here, there, *_ = pair(CircuitPolicy(failure_threshold=3, recovery_time=30))
     provider.always(Status(500))
     fail(ask, here, 2)
     fail(ask, there)
@@ -145,7 +145,7 @@ def test_a_waiting_call_hears_of_the_recovery(provider, pair, ask):
     waiting.start()
     until(lambda: there.circuit.state == "forced_open" or answers)
     here.circuit.reset()
-    waiting.join(20)
+    waiting.join(12 * VIEW_AGE)
     assert answers == [["Paris"]]
 
 

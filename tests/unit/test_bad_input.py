@@ -310,17 +310,6 @@ async def test_a_call_refuses_what_it_cannot_mean():
             await lm.acall("q", **options)
 
 
-@pytest.mark.parametrize("name", ["shared"])
-def test_what_is_not_there_yet_is_a_type_error_by_name(name):
-    """Nothing of ours is accepted and ignored, or forwarded to a provider (section 2)."""
-    lm = ResilientLM(MODEL)
-    if name in inspect.signature(ResilientLM).parameters:
-        pytest.skip(f"{name} is there")
-    refused(lambda: ResilientLM(MODEL, **{name: ["openai/b"]}), name, error=TypeError)
-    refused(lambda: lm.copy(**{name: ["openai/b"]}), name, error=TypeError)
-    refused(lambda: lm("q", **{name: ["openai/b"]}), name, error=TypeError)
-
-
 OURS = sorted(
     set(inspect.signature(ResilientLM).parameters)
     - set(inspect.signature(dspy.LM).parameters)
