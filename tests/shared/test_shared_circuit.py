@@ -41,7 +41,7 @@ def shared(request):
 
 
 @pytest.fixture
-def pair(make, shared):
+def pair(make, shared, patient):
     """Two clients of one name, as two processes would have them, and what each has told."""
 
     def build(policy=FRAGILE, **options):
