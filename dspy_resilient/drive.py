@@ -33,6 +33,7 @@ def on_a_loop() -> bool:
 
 
 _LONGEST_WAIT = threading.TIMEOUT_MAX
+_PATIENCE_WITH_A_DISK = 5.0  # seconds, after which the answer is not there, or not kept
 _clerk = Clerk()
 _UNWINDING = 5.0
 

@@ -15,6 +15,7 @@ import dspy
 import pytest
 
 from dspy_resilient import CachePolicy, CircuitPolicy, ResilientLM, RetryPolicy
+from dspy_resilient.clerk import Clerk
 from dspy_resilient.testing import Filtered, Hang, Hold, Provider, Status
 
 MANY = 32
@@ -248,6 +249,24 @@ async def test_hanging_disk_holds_up_one_call_and_no_task(make, tmp_path, monkey
     hangs.set()
     assert await lm.acall("q") == ["Paris"]
     assert lm.stats().attempts == 1
+
+
+async def test_disk_that_hangs_is_a_miss(provider, make, tmp_path, monkeypatch):
+    """An async call does not wait for ever for what may be on disk (R46)."""
+    monkeypatch.setattr("dspy_resilient.drive._PATIENCE_WITH_A_DISK", 0.2)
+    monkeypatch.setattr("dspy_resilient.drive._clerk", Clerk())
+    lm, hangs, read = make(cache=CachePolicy(disk=tmp_path)), threading.Event(), os.open
+
+    def hang(path, *args, **kwargs):
+        if str(path).endswith(".json"):
+            hangs.wait(PATIENCE)
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", hang)
+    assert await lm.acall("q") == ["Paris"]
+    assert await lm.acall("q") == ["Paris"]
+    assert provider.count == 1
+    hangs.set()
 
 
 async def test_crowd_of_tasks_has_its_disk_hits(make, tmp_path):
