@@ -199,6 +199,17 @@ def test_a_client_in_a_list_lends_its_fallbacks(provider, second, other, make, a
     assert models(provider) == ["test", "inner"]
 
 
+def test_a_client_that_answers_for_another_keeps_no_history_of_it(provider, make, ask):
+    """The entry is where the call was made (R52), whichever list led there."""
+    lent = [ResilientLM(f"openai/{n}", api_base=provider.api_base, api_key="k") for n in "bc"]
+    lm = make(fallbacks=[lent[0]], context_window_fallbacks=[lent[1]], num_retries=0)
+    provider.script(Status(500), None, context_too_long())
+    ask(lm, "q")
+    ask(lm, "another")
+    assert [entry["model"] for entry in lm.history] == ["openai/b", "openai/c"]
+    assert [client.history for client in lent] == [[], []]
+
+
 def test_react_still_shortens_its_trajectory(provider, make):
     """ReAct catches ContextWindowExceededError and tries again with less (R52)."""
     fields = ["next_thought", "next_tool_name", "next_tool_args", "reasoning", "answer"]
