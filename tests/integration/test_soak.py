@@ -314,7 +314,7 @@ def _target(descriptor):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_call_has_one_outcome_and_nothing_is_left(monkeypatch):
     """No permit, pass, slot, flight, future, thread, task or socket (R8, R21, R44, R53, R60, R61)."""
-    soaked(200, SEED)  # what the process opens once and keeps
+    soaked(100, SEED)  # what the process opens once and keeps
     before, running = descriptors(), threads()
     held = Held(monkeypatch)
     started = time.monotonic()

@@ -1,0 +1,137 @@
+"""Whatever happens to one client, another notices nothing of it (R62)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import dspy
+import pytest
+
+from dspy_resilient import CachePolicy, CircuitPolicy, LimitPolicy
+from dspy_resilient.testing import Hold, Provider
+
+CROWD = 1000
+
+
+@contextlib.contextmanager
+def beside(work):
+    """Go on doing `work` on a thread of its own, again and again, during the block."""
+    over = threading.Event()
+
+    def again():
+        while not over.wait(0.001):
+            with contextlib.suppress(dspy.LMError):
+                work()
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(30)
+
+
+@contextlib.contextmanager
+def open_circuit(make, others):
+    """A hundred callers wait for its circuit, while others are refused."""
+    lm = make(cache=False, max_wait=600, circuit=CircuitPolicy(failure_threshold=1))
+    lm.circuit.force_open("down")
+    impatient = lm.copy(max_wait=0)
+    with ThreadPoolExecutor(100) as pool:
+        calls = [pool.submit(lm, "?") for _ in range(100)]
+        with beside(lambda: impatient("?")):
+            yield lm
+        lm.close(grace=0)
+        for each in calls:
+            assert each.exception(30) is not None
+
+
+@contextlib.contextmanager
+def crash_loop(make, others):
+    """It is restarted all the time, and most of its calls are refused."""
+    lm = make(cache=False, limits=2)
+
+    def crash():
+        lm._runtime.routes.find(lm, {}).limiter._places = None
+        try:
+            lm("?")
+        finally:
+            lm.restart()
+
+    with beside(crash):
+        yield lm
+    assert lm.stats().restarts > 0
+
+
+@contextlib.contextmanager
+def queue(make, others):
+    """A thousand callers wait for its one place."""
+    hold = Hold()
+    with Provider("Paris") as slow:
+        slow.always(hold)
+        lm = make(cache=False, limits=LimitPolicy(max_concurrent=1), api_base=slow.api_base)
+        entered = threading.Event()
+
+        async def crowd():
+            calls = [asyncio.ensure_future(lm.acall("?")) for _ in range(CROWD)]
+            while lm.health().queued < CROWD - 1:  # noqa: ASYNC110  # there is no event for it
+                await asyncio.sleep(0.01)
+            entered.set()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(asyncio.run, crowd())
+            assert entered.wait(30)
+            yield lm
+            lm.close(grace=0)
+            done.result(30)
+            hold.release()
+
+
+@contextlib.contextmanager
+def full_disk(make, others):
+    """Its cache can be written nowhere, and its memory holds one answer."""
+    blocked = others / "a file"
+    blocked.write_text("in the way")
+    lm = make(name="full", cache=CachePolicy(max_entries=1, disk=str(blocked / "folder")))
+    numbers = iter(range(10**9))
+    with beside(lambda: lm(f"{next(numbers)}")):
+        yield lm
+    assert lm.stats().evicted > 0
+
+
+def timed(ask, lm, count):
+    """Ask `count` new questions; return the median of the seconds that the answers took."""
+    seconds = []
+    for number in range(count):
+        started = time.perf_counter()
+        assert ask(lm, f"{number} of {count}") == ["Paris"]
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+@pytest.mark.filterwarnings("ignore:.*disk.*:UserWarning")
+@pytest.mark.parametrize("trouble", [open_circuit, crash_loop, queue, full_disk])
+def test_one_clients_trouble_is_not_anothers(make, ask, tmp_path, trouble):
+    """Same answers, same numbers and about the same time, at the same endpoint with the same key.
+
+    The times of a busy machine prove little; an effect of what is waited for here, seconds, would
+    show all the same.
+    """
+    lm = make(name="calm", limits=4)
+    alone = timed(ask, lm, 11)
+    with trouble(make, tmp_path) as other:
+        beside_it = timed(ask, lm, 31)
+        assert other.name != lm.name
+    stats = lm.stats()
+    assert (stats.attempts, stats.hits, stats.errors) == (42, 0, 0)
+    assert (stats.failures, stats.retries, stats.rejected, stats.restarts) == (0, 0, 0, 0)
+    assert lm.circuit.state == "closed"
+    assert lm.circuit.failure_count == 0
+    assert beside_it < 10 * alone + 0.1
