@@ -60,7 +60,7 @@ def complete(call: Call, client: Runtime) -> Steps[Served]:
         served = yield from _supervise(call, client)
     except Exception as error:
         if call.key is not None and excuses_stale(error):
-            stale = yield Disk(partial(client.cache.get_stale, call.key))
+            stale = yield Disk(client.clerk, partial(client.cache.get_stale, call.key))
             if stale is not None:
                 _announce_hit(client, stale, stale=True)
                 return Served(stale, hit=True, stale=True)
@@ -68,7 +68,9 @@ def complete(call: Call, client: Runtime) -> Steps[Served]:
             error.attempts = tuple(call.attempts)  # type: ignore[attr-defined]  # ours to attach
         raise
     if served.answer.key and not served.hit and client.cache.has_disk:
-        yield Disk(partial(client.cache.save, served.answer))  # those who waited have it by now
+        yield Disk(
+            client.clerk, partial(client.cache.save, served.answer)
+        )  # those who waited have it by now
     return served
 
 
@@ -76,7 +78,7 @@ def _load(client: Runtime, key: str) -> Steps[Answer | None]:
     """Return the answer that is not in memory but on disk, or None."""
     if not client.cache.has_disk:
         return None
-    answer: Answer | None = yield Disk(partial(client.cache.load, key))
+    answer: Answer | None = yield Disk(client.clerk, partial(client.cache.load, key))
     return answer
 
 

@@ -1,15 +1,16 @@
-"""One thread that reads and writes files for event loops, so that a slow disk stops no task.
+"""A thread that reads and writes files for event loops, so that a slow disk stops no task.
 
-Not a loop's own pool of threads: its places may all be taken by callers who wait for this very
-call, and its threads hold up the interpreter's exit while a disk hangs. Sync calls touch the disk
-themselves, so a program without event loops never starts this thread.
+Each client has its own, so that one client's stuck disk holds up nobody else. Not a loop's own pool
+of threads: its places may all be taken by callers who wait for this very call, and its threads hold
+up the interpreter's exit while a disk hangs. Sync calls touch the disk themselves, so a program
+without event loops never starts such a thread.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from concurrent.futures import Future
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from dspy_resilient.fork import renew_after_fork
@@ -19,41 +20,50 @@ if TYPE_CHECKING:
 
 
 class Clerk:
-    """Does one piece of work after the other on a daemon thread that starts with the first."""
+    """Does one piece of work after the other, on a daemon thread that ends when idle for a while.
 
-    def __init__(self) -> None:
+    Args:
+        idle: Seconds that the thread waits for more work before it ends.
+    """
+
+    def __init__(self, idle: float = 5.0) -> None:
+        self._idle = idle
         self.renew()
         renew_after_fork(self)
 
     def renew(self) -> None:
         """Start anew in a forked child, where the thread does not exist."""
-        self._starting = threading.Lock()
-        self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._is_working = False
 
     def do(self, work: Callable[[], Any]) -> Future[Any]:
         """Have `work` done and return the future of its result; it cannot be cancelled."""
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
-        self._queue.put((work, future))
-        if self._thread is None:
-            self._start()
+        with self._changed:
+            self._waiting.append((work, future))
+            if self._is_working:
+                self._changed.notify()
+                return future
+            self._is_working = True
+        threading.Thread(target=self._work, name="disk", daemon=True).start()
         return future
 
-    def _start(self) -> None:
-        with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="disk", daemon=True)
-                self._thread.start()
-
     def _work(self) -> None:
-        queue = self._queue
-        while True:
-            work, future = queue.get()
+        while (task := self._next()) is not None:
+            work, future = task
             try:
                 result = work()
             except BaseException as error:  # noqa: BLE001  # for whoever waits
                 future.set_exception(error)
             else:
                 future.set_result(result)
-            del work, future
+            del task, work, future
+
+    def _next(self) -> tuple[Callable[[], Any], Future[Any]] | None:
+        with self._changed:
+            if self._changed.wait_for(lambda: self._waiting, self._idle):
+                return self._waiting.popleft()
+            self._is_working = False
+            return None

@@ -15,7 +15,6 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dspy_resilient import providers
-from dspy_resilient.clerk import Clerk
 from dspy_resilient.steps import Disk, Prepare, Wait
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ def on_a_loop() -> bool:
 
 _LONGEST_WAIT = threading.TIMEOUT_MAX
 _PATIENCE_WITH_A_DISK = 5.0  # seconds, after which the answer is not there, or not kept
-_clerk = Clerk()
 _UNWINDING = 5.0
 
 
@@ -107,7 +105,7 @@ async def _aperform(step: Wait | Prepare | Disk | Attempt, running: Running) -> 
     if isinstance(step, Prepare):
         return await asyncio.to_thread(providers.load)
     if isinstance(step, Disk):
-        return await _await(Wait(_clerk.do(step.work)), running)
+        return await _await(Wait(step.clerk.do(step.work)), running)
     return await _attempt_within(step, running)
 
 

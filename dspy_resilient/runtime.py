@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dspy_resilient import providers
 from dspy_resilient.cache import Flights, ResponseCache, usable
 from dspy_resilient.circuit import CircuitBreaker, EarlyProbes, ThrottleGate
+from dspy_resilient.clerk import Clerk
 from dspy_resilient.errors import ClientClosedError
 from dspy_resilient.events import ClientRestarted, Event, Hub, WaitStarted, logger, printable
 from dspy_resilient.limits import Limiter
@@ -83,6 +84,7 @@ class Runtime:
         self.connections = providers.Connections()
         self.under_way = UnderWay(options.name)
         self.flights = self._new_flights()
+        self.clerk = Clerk()
         self.cache = ResponseCache(options.cache, clock=clock, folder=folder)
         shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
         self.circuit_policy = shared.policy if shared is not None else options.circuit

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from dspy_resilient.attempt import Attempt
+    from dspy_resilient.clerk import Clerk
 
 T = TypeVar("T")
 
@@ -34,8 +35,12 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Step: do `work`, which reads or writes a file; its result is handed back."""
+    """Step: do `work`, which reads or writes a file; its result is handed back.
 
+    On a loop, `clerk` does it.
+    """
+
+    clerk: Clerk
     work: Callable[[], Any]
 
 

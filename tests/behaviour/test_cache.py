@@ -15,7 +15,6 @@ import dspy
 import pytest
 
 from dspy_resilient import CachePolicy, CircuitPolicy, ResilientLM, RetryPolicy
-from dspy_resilient.clerk import Clerk
 from dspy_resilient.testing import Filtered, Hang, Hold, Provider, Status
 
 MANY = 32
@@ -254,7 +253,6 @@ async def test_hanging_disk_holds_up_one_call_and_no_task(make, tmp_path, monkey
 async def test_disk_that_hangs_is_a_miss(provider, make, tmp_path, monkeypatch):
     """An async call does not wait for ever for what may be on disk (R46)."""
     monkeypatch.setattr("dspy_resilient.drive._PATIENCE_WITH_A_DISK", 0.2)
-    monkeypatch.setattr("dspy_resilient.drive._clerk", Clerk())
     lm, hangs, read = make(cache=CachePolicy(disk=tmp_path)), threading.Event(), os.open
 
     def hang(path, *args, **kwargs):
@@ -267,6 +265,28 @@ async def test_disk_that_hangs_is_a_miss(provider, make, tmp_path, monkeypatch):
     assert await lm.acall("q") == ["Paris"]
     assert provider.count == 1
     hangs.set()
+
+
+async def test_disk_that_hangs_holds_up_nobody_else(make, tmp_path, monkeypatch):
+    """Another client's answers are read and written meanwhile (R62)."""
+    stuck = make(cache=CachePolicy(disk=tmp_path / "stuck"))
+    hangs, read = threading.Event(), os.open
+
+    def hang(path, *args, **kwargs):
+        if "stuck" in str(path):
+            hangs.wait(PATIENCE)
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", hang)
+    waits = asyncio.create_task(stuck.acall("q"))
+    await asyncio.sleep(0)
+    for expected in (1, 0):
+        other = make(cache=CachePolicy(disk=tmp_path / "other"))
+        assert await other.acall("q") == ["Paris"]
+        assert other.stats().attempts == expected
+    assert not waits.done()
+    hangs.set()
+    assert await waits == ["Paris"]
 
 
 async def test_crowd_of_tasks_has_its_disk_hits(make, tmp_path):

@@ -64,3 +64,12 @@ def test_forked_child_has_a_thread_of_its_own():
         finally:
             os._exit(0 if done == "done" else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_thread_without_work_ends_and_another_takes_over():
+    """A client that is not used any more keeps no thread (R8)."""
+    clerk = Clerk(idle=0.01)
+    thread = clerk.do(threading.current_thread).result(PATIENCE)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert clerk.do(lambda: "done").result(PATIENCE) == "done"

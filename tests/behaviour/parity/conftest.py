@@ -25,6 +25,7 @@ import dspy
 import litellm
 import pydantic
 import pytest
+from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
 
 from dspy_resilient import ResilientLM
 from dspy_resilient.testing import Provider
@@ -91,7 +92,9 @@ def run_on_a_loop(coroutine):
             return await coroutine
         finally:
             await litellm.close_litellm_async_clients()
-            shared = vars(litellm).pop("module_level_aclient", None)  # made again when needed
+            shared = vars(litellm).get("module_level_aclient")
+            if isinstance(shared, AsyncHTTPHandler):  # else it is our stand-in, which stays
+                del litellm.module_level_aclient  # made again when needed
             if shared is not None:
                 await shared.close()
 
