@@ -411,6 +411,17 @@ def test_an_lm_of_its_own_is_closed_with_a_grace_too(provider, make, grace):
                 each.result(20)
 
 
+@pytest.mark.parametrize(("grace", "error"), [(-1, ValueError), ("5", TypeError)])
+def test_a_bad_grace_closes_nothing(make, ask, grace, error):
+    """It is refused by name, sync and async (section 2)."""
+    lm = make(cache=False)
+    with pytest.raises(error, match="grace must be a number at least 0, or None; got"):
+        lm.close(grace=grace)
+    with pytest.raises(error, match="grace"):
+        asyncio.run(lm.aclose(grace=grace))
+    assert ask(lm, "?") == ["Paris"]
+
+
 def test_without_a_grace_calls_go_on(provider, make):
     """Closing takes nothing away from them (R61)."""
     hold = Hold()

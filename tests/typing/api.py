@@ -14,7 +14,10 @@ from dspy_resilient import (
     CircuitOpenError,
     CircuitPolicy,
     CircuitState,
+    Clients,
     DeadlineExceededError,
+    Health,
+    HealthState,
     LimitPolicy,
     ResilienceError,
     ResilientLM,
@@ -162,3 +165,19 @@ def keep(lm: Mine) -> Mine:
     """As the builder pattern wants it."""
     assert_type(lm.copy(), Mine)
     return lm.copy()
+
+
+def named() -> None:
+    """Named clients are a mapping to clients."""
+    with Clients(grace=5) as clients:
+        assert_type(clients.start("fast", "openai/gpt-4o-mini", limits=8), ResilientLM)
+        assert_type(clients["fast"], ResilientLM)
+        assert_type(clients.health(), dict[str, Health])
+        assert_type(clients.health()["fast"].state, HealthState)
+
+
+async def named_on_a_loop() -> None:
+    """The same without blocking."""
+    async with Clients() as clients:
+        assert_type(clients, Clients)
+        await clients.astop("fast", grace=0)
