@@ -38,6 +38,7 @@ R = TypeVar("R", bound=ResilienceError)
 def clear_the_way(call: Call, client: Runtime, turn: Turn, route: Route) -> Steps[Attempt]:
     """Gate, then limits, then circuit: what waits comes first, so that no permit waits (R11)."""
     target = turn.target
+    check_deadline(call, client)  # a wait may have taken longer than it was to
     client.under_way.check()
     refusal = target.routes.supervisor.refusal()
     if refusal is not None:

@@ -117,3 +117,13 @@ def test_what_cannot_help_is_not_repeated():
 
     drill = Drill(down(refused, ALWAYS), **NO_CIRCUIT).run(callers=1, calls=1)
     assert drill.sent == 1
+
+
+def test_who_is_woken_too_late_sends_nothing():
+    """A busy machine may oversleep a wait that fitted; the deadline holds all the same (R50)."""
+    drill = Drill(down(server_error, ALWAYS), deadline=2.5, **NO_CIRCUIT)
+    drill._lm._runtime.random = lambda: 1.0  # a wait of 2 s
+    drill.time.after(1.0, lambda: drill.time.clock.advance(5.0))
+    drill.run(callers=1, calls=1)
+    assert drill.sent == 1
+    assert drill.errors == {"DeadlineExceededError": 1}

@@ -223,6 +223,6 @@ class CallMachine(RuleBasedStateMachine):
             assert 0 <= route.budget.level <= 60
 
 
-EXAMPLES = int(os.environ.get("CALL_EXAMPLES", "40"))  # by hand: thousands
+EXAMPLES = int(os.environ.get("CALL_EXAMPLES", "30"))  # by hand: thousands
 CallMachine.TestCase.settings = settings(stateful_step_count=50, max_examples=EXAMPLES)
 TestCalls = CallMachine.TestCase
