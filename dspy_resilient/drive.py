@@ -105,7 +105,7 @@ async def _aperform(step: Wait | Prepare | Disk | Attempt, running: Running) -> 
     if isinstance(step, Prepare):
         return await asyncio.to_thread(providers.load)
     if isinstance(step, Disk):
-        return await _await(Wait(step.clerk.do(step.work)), running)
+        return await _await(Wait(step.clerk.do(step.work), _PATIENCE_WITH_A_DISK), running)
     return await _attempt_within(step, running)
 
 
@@ -124,7 +124,7 @@ async def _await(step: Wait, running: Running) -> Any:
     woken: asyncio.Event = asyncio.Event()
 
     def wake(_: object = None) -> None:
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(woken.set)
 
     if step.future is not None:
