@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 os.environ["LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS"] = "True"
 os.environ["HF_HUB_OFFLINE"] = "1"
 for provider in ("OPENAI", "ANTHROPIC", "GROQ", "GEMINI"):
     os.environ[f"{provider}_API_KEY"] = "dummy-key-for-tests"
+
+if hasattr(os, "register_at_fork"):  # before ours: coverage's lock may be held by another thread
+    os.register_at_fork(after_in_child=lambda: sys.settrace(None))
 
 import dspy
 import hypothesis
