@@ -220,7 +220,6 @@ class Attempt:
     def succeed(self) -> None:
         """Report the answer to circuit, gate and limits."""
         self.seconds = self._clock() - self._started
-        self.target.runtime.tally.time(self.seconds)
         self._admission.answered()
         self._passage.answered()
         if self._slot is not None:

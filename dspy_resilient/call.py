@@ -132,6 +132,7 @@ def _share(call: Call, client: Runtime, key: str) -> Steps[Served]:
             place = news
         answer = client.cache.peek(key)  # it may have landed between the look-up and the join
         if answer is not None:
+            _announce_hit(client, answer)
             served = Served(answer, hit=True)
         else:
             served = yield from _ask_all(call, client, place)
@@ -301,6 +302,7 @@ def _make_ready(
 
 def _take(call: Call, client: Runtime, attempt: Attempt, answer: Answer) -> Served:
     """Keep an answer and serve it, unless a filter held it back and somebody may do better."""
+    client.tally.time(attempt.seconds)
     call.attempts.append(AttemptSummary(attempt.label, "answer", attempt.seconds))
     client.store(attempt.target.key(call), answer, whole=attempt.whole)
     if Kind.POLICY in call.special and not attempt.emitted and usable(answer) == "filtered":

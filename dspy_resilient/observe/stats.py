@@ -62,6 +62,9 @@ class Stats:
     `print` shows them as a table, a notebook as one in HTML. Those of several clients can be added
     (also by `sum`), and those of an earlier moment subtracted, which leaves what came since.
 
+    They add up: once nothing is under way, `calls` is `hits + stale + coalesced + errors +
+    latency.count`, and `attempts` is `latency.count + failures` and those whose callers went away.
+
     Attributes:
         client: Name of the client, or of several.
         seconds: Time that the numbers cover.
@@ -84,7 +87,7 @@ class Stats:
         evicted: Answers dropped from the cache.
         tokens_saved: Tokens that hits and coalesced calls did not use.
         cost_saved: Dollars that they did not cost, as far as prices are known.
-        latency: How long the answers of providers took, from request to end.
+        latency: How long the answers of providers took that came in time, from request to end.
         recent: The numbers of the last minute; None within these.
     """
 
