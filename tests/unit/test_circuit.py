@@ -1,4 +1,10 @@
-"""What opens a circuit, how long for, what closes it again, and what it tells."""
+"""What opens a circuit, how long for, what closes it again, and what it tells.
+
+Of the changes of one operator or constant in `machine.py`, those that no test notices change
+nothing: first values that the first change of state sets anew, a failure counted as slow as well
+(a window counts it once), and `/` for `//` before `int`. Those of waiting and of early probes are
+noticed in `test_circuit_crowd.py` and `test_early_probes.py`.
+"""
 
 from __future__ import annotations
 
@@ -777,6 +783,34 @@ def test_broken_exceptions_do_no_harm(make):
     fail(breaker, error=BrokenError())
     assert breaker.last_error == "BrokenError"
     assert breaker.failure_count == 1
+
+
+@pytest.mark.parametrize("leave", ["open", "force_half_open", "force_open"])
+def test_closing_tells_how_long_it_was_not_closed(make, clock, leave):
+    """Counted from when it last left closed, however that came about (R70)."""
+    closings = []
+    breaker = make(listener=closings.append)
+    for _ in range(2):
+        clock.advance(100)
+        if leave == "open":
+            fail(breaker, 5)
+        elif leave == "force_half_open":
+            breaker.force_half_open()
+        else:
+            breaker.force_open(seconds=7)
+        clock.advance(10)
+        recover(breaker, clock)
+    assert [each.seconds for each in closings if isinstance(each, CircuitClosed)] == [10, 10]
+
+
+def test_since_is_when_it_last_changed(make, clock):
+    """From the beginning on (R71)."""
+    breaker = make()
+    assert breaker.since == 1000
+    clock.advance(5)
+    breaker.trip()
+    clock.advance(5)
+    assert breaker.since == 1005
 
 
 def test_events_tell_every_change_in_order(make, clock):
