@@ -19,7 +19,7 @@ import dspy
 import hypothesis
 import pytest
 
-from dspy_resilient import ResilientLM
+from dspy_resilient import ResilientLM, providers
 from dspy_resilient.testing import Provider
 
 pytest_plugins = ["dspy_resilient.testing.fixtures"]
@@ -45,6 +45,7 @@ def _no_disk_cache(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def _litellm_is_warm(_no_disk_cache):
     """LiteLLM takes seconds to import and to make its first call; no test's clock should run then."""
+    providers.load()  # before a sync call of plain LiteLLM leaves an event loop open
     with Provider("ready") as running:
         dspy.LM(
             "openai/warm", engine="litellm", api_base=running.api_base, api_key="k", cache=False

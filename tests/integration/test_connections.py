@@ -317,6 +317,21 @@ def test_callbacks_hear_of_every_success_though_its_loop_ends_at_once(provider, 
             getattr(litellm, name)[:] = [c for c in getattr(litellm, name) if c is not listener]
 
 
+@pytest.mark.parametrize("model_type", ["chat", "text", "responses"])
+@pytest.mark.parametrize("listeners", [[], ["somebody"]])
+def test_a_sync_call_starts_no_event_loop_for_nobody(monkeypatch, make, model_type, listeners):
+    """Plain LiteLLM starts one after each, to tell `service_callback`s even if there are none."""
+    lm = make(cache=False, model_type=model_type)
+    lm("warm")
+    started = []
+    monkeypatch.setattr(litellm, "service_callback", listeners)
+    run = asyncio.run
+    monkeypatch.setattr(asyncio, "run", lambda work: started.append(run(work)))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lm, "?").result(30)
+    assert bool(started) is (bool(listeners) and model_type == "chat")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_opens_connections_of_its_own(provider, make):

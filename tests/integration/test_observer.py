@@ -31,12 +31,8 @@ from dspy_resilient.testing import (
     rate_limited,
 )
 
-# LiteLLM's own: warnings of its models at first use, an HTTP session per event loop left open.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*`ReadOnly` qualifier:UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+# LiteLLM's own, of its models at first use.
+pytestmark = pytest.mark.filterwarnings("ignore:.*`ReadOnly` qualifier:UserWarning")
 
 PREFIXES = ("openai", "anthropic")
 LISTS = (
@@ -75,9 +71,15 @@ def send(request, provider):
         }
         if request.param == "sync":
             return litellm.completion(**arguments)
-        return asyncio.run(litellm.acompletion(**arguments))
+        return asyncio.run(tended(litellm.acompletion(**arguments)))
 
     return call
+
+
+async def tended(call):
+    """Await `call` on a loop that is cleaned up after."""
+    await providers.tend()
+    return await call
 
 
 FAULTS = {
@@ -93,6 +95,11 @@ FAULTS = {
 }
 
 
+def judge(evidence):
+    """Return the verdict, formed while the loop's clients are open, and the thread."""
+    return classify(evidence.error, handed_off=evidence.handed_off), threading.get_ident()
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_failure_is_heard_once_before_its_caller_sees_it(provider, send, prefix, fault):
@@ -100,16 +107,15 @@ def test_a_failure_is_heard_once_before_its_caller_sees_it(provider, send, prefi
     fault, kind = FAULTS[fault]
     provider.always(fault)
     order = []
-    sighting = providers.observe(lambda evidence: order.append((evidence, threading.get_ident())))
+    sighting = providers.observe(lambda evidence: order.append((evidence, judge(evidence))))
     with pytest.raises(litellm.exceptions.openai.OpenAIError) as caught:
         send(prefix, sighting.tags())
     order.append("raised")
-    (evidence, thread), last = order
+    (evidence, (verdict, thread)), last = order
     assert (last, thread) == ("raised", threading.get_ident())
     assert evidence.error is caught.value
     assert (evidence.handed_off, evidence.provider) == (True, prefix)
     assert evidence.endpoint.startswith(provider.url)
-    verdict = classify(evidence.error, handed_off=evidence.handed_off)
     assert verdict.kind is kind
     assert verdict.retry_after == (7.0 if kind is Kind.THROTTLED else None)
     sighting.close()
@@ -122,12 +128,12 @@ def test_a_refused_connection_is_heard(provider, send, prefix):
     heard = []
     with (
         pytest.raises(litellm.InternalServerError),
-        providers.watch(heard.append) as tags,
+        providers.watch(lambda evidence: heard.append((evidence, judge(evidence)))) as tags,
     ):
         send(prefix, tags)
-    (evidence,) = heard
+    ((evidence, (verdict, _)),) = heard
     assert evidence.handed_off is True
-    assert classify(evidence.error, handed_off=True).outcome == Outcome.FAILURE
+    assert verdict.outcome == Outcome.FAILURE
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -314,6 +320,7 @@ async def test_a_cancelled_call_is_not_heard(provider):
     """Cancellation fires nothing; the permit is for the caller to release (R30)."""
     provider.down("hang")
     heard = []
+    await providers.tend()
     with providers.watch(heard.append) as tags:
         call = litellm.acompletion(
             model="openai/test",

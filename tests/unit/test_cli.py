@@ -14,9 +14,6 @@ from dspy_resilient.cli import main
 from dspy_resilient.demo import ROWS, Board, Side, circuit_of, review_of, sentiment_of, table
 from dspy_resilient.testing import Provider, Reset, Status, dspy_answers
 
-# LiteLLM's: the event loop that a sync call creates and forgets.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
-
 
 class Calls:
     """An event that is set after some calls."""

@@ -33,10 +33,8 @@ from dspy_resilient.testing import (
 
 pytestmark = [
     pytest.mark.usefixtures("on_a_loop"),  # closes LiteLLM's clients in the end
-    # Not ours to mend: what LiteLLM's types say on first use of a provider, and the event loop
-    # that its sync calls create and forget.
+    # Not ours to mend: what LiteLLM's types say on first use of a provider.
     pytest.mark.filterwarnings("ignore:.*`ReadOnly` qualifier:UserWarning"),
-    pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"),
 ]
 
 HELLO = [{"role": "user", "content": "hello big world"}]
