@@ -198,6 +198,9 @@ class ResilientLM(dspy.LM):
         self._primary = Target(self, self._runtime.routes, self._runtime, dspy.LM, self.history)
         self._fallbacks = Fallbacks.build(self, self._runtime, fallbacks)
         self._is_rebuilt = False
+        policy = self._runtime.circuit_policy
+        if policy is not None and policy.listen == "provider":
+            self._runtime.routes.find(self, {})  # it hears from now on, not from the first call on
 
     def _folder(self, policy: CachePolicy) -> Callable[[], str | None]:
         """Return what finds the folder of this client's answers when it is first needed."""

@@ -129,7 +129,9 @@ class CircuitPolicy(_Policy):
         probe_lease: Seconds after which a silent probe gives up its place. Above 0; default 60.
         mode: "enforce" (default), or "observe": count and report, but never refuse.
         listen: "own" (default) learns from this client's calls only; "provider" also from every
-            other LiteLLM call of the process to the same provider and endpoint.
+            other LiteLLM call of the process to the same provider and endpoint: of other clients,
+            an Embedder, or `litellm.completion`. (Where nobody has imported LiteLLM yet, from the
+            first call of any client on.)
     """
 
     failure_threshold: int = 5

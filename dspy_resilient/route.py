@@ -101,14 +101,14 @@ class Route:
         self.gate = runtime.new_gate(label)
         self.limiter = runtime.new_limiter(label)
         self._runtime = runtime
-        self._way = way
-        self._is_to_listen = circuit is not None and circuit.policy.listen == "provider"
+        if circuit is not None and circuit.policy.listen == "provider":
+            self._listen(*way)
 
-    def _listen(self) -> None:
+    def _listen(self, model: str, _: str, endpoint: str) -> None:
         """Learn from every LiteLLM call of the process to the same provider and endpoint (R31)."""
-        self._is_to_listen = False
-        model, _, endpoint = self._way
-        providers.subscribe(model.partition("/")[0], endpoint or None, self.hear)
+        provider = model.partition("/")[0]
+        place = endpoint or providers.home_of(provider)
+        providers.subscribe(provider, place, self.hear, self._runtime.connections)
 
     def hear(self, evidence: providers.Evidence, succeeded: bool) -> None:
         """Let the circuit know how somebody else's call to this provider went."""
@@ -136,8 +136,6 @@ class Route:
             lease: Seconds the attempt may take; see `CircuitBreaker.try_admit`.
             early: Whether it may be a probe before the time; see there.
         """
-        if self._is_to_listen:
-            self._listen()
         permit = None
         if self.circuit is not None:
             permit = self.circuit.try_admit(lease, early=early)

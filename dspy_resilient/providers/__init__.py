@@ -1,6 +1,6 @@
 """The way to the providers, as far as it leads through LiteLLM."""
 
-from dspy_resilient.providers.evidence import Evidence
+from dspy_resilient.providers.evidence import Evidence, home_of
 from dspy_resilient.providers.leases import Connections
 from dspy_resilient.providers.loops import async_client, tend
 from dspy_resilient.providers.observer import (
@@ -22,6 +22,7 @@ __all__ = [
     "async_client",
     "client",
     "ensure_registered",
+    "home_of",
     "load",
     "loaded",
     "observe",

@@ -6,12 +6,26 @@ is needed and keeps nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 TAG = "dspy_resilient"  # in a call's metadata; LiteLLM's own fallbacks change the id, but not this
+
+# Where a provider is unless told otherwise, as far as LiteLLM's events show it.
+_HOMES = {
+    "openai": "https://api.openai.com",
+    "anthropic": "https://api.anthropic.com",
+    "gemini": "https://generativelanguage.googleapis.com",
+    "groq": "https://api.groq.com",
+    "cerebras": "https://api.cerebras.ai",
+    "mistral": "https://api.mistral.ai",
+    "openrouter": "https://openrouter.ai",
+    "together_ai": "https://api.together.ai",
+}
+
+_PREFIX = "llm_provider-"  # LiteLLM's mark on headers that came from the provider
 
 _ALIASES = {"text-completion-openai": "openai", "ollama_chat": "ollama", "azure_text": "azure"}
 
@@ -26,6 +40,8 @@ class Evidence:
         provider: LiteLLM's name of the provider, aliases folded, or None.
         endpoint: scheme://host[:port]/path, without query and credentials, or None.
         seconds: How long the request took, by LiteLLM's clock.
+        first_token: Seconds until the first chunk of a stream came, or None if none did.
+        headers: The provider's, by lower-case name; empty where LiteLLM has not kept them.
     """
 
     error: BaseException | None
@@ -33,23 +49,41 @@ class Evidence:
     provider: str | None
     endpoint: str | None
     seconds: float = 0.0
+    first_token: float | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
-def read_event(kwargs: dict[str, Any], start: Any, end: Any) -> Evidence:
-    """Return the evidence in the event that LiteLLM describes by `kwargs` and two datetimes."""
+def read_event(kwargs: dict[str, Any], response: Any, start: Any, end: Any) -> Evidence:
+    """Return the evidence in an event of LiteLLM's: its state, its answer, and two datetimes."""
     error = kwargs.get("exception")
     provider = kwargs.get("custom_llm_provider")
-    try:
-        seconds = float((end - start).total_seconds())
-    except (TypeError, AttributeError):
-        seconds = 0.0
+    first = kwargs.get("completion_start_time") if kwargs.get("stream") else None
     return Evidence(
         error=error if isinstance(error, BaseException) else None,
         handed_off=kwargs.get("api_call_start_time") is not None,
         provider=provider_name(provider) if isinstance(provider, str) else None,
         endpoint=endpoint_name((kwargs.get("litellm_params") or {}).get("api_base")),
-        seconds=seconds,
+        seconds=_seconds(start, end) or 0.0,
+        first_token=None if first is None else _seconds(start, first),
+        headers=_headers(kwargs, response, error),
     )
+
+
+def _seconds(start: Any, end: Any) -> float | None:
+    try:
+        return float((end - start).total_seconds())
+    except (TypeError, AttributeError):
+        return None
+
+
+def _headers(kwargs: dict[str, Any], response: Any, error: Any) -> dict[str, str]:
+    """Return what LiteLLM has kept of the response's headers, wherever that is."""
+    kept = getattr(error, "litellm_response_headers", None) or kwargs.get("response_headers")
+    if not kept:
+        kept = (getattr(response, "_hidden_params", None) or {}).get("additional_headers")
+    if not isinstance(kept, Mapping):
+        return {}
+    return {str(name).lower().removeprefix(_PREFIX): str(kept[name]) for name in kept}
 
 
 def call_ids(kwargs: dict[str, Any]) -> Iterator[str]:
@@ -66,6 +100,11 @@ def call_ids(kwargs: dict[str, Any]) -> Iterator[str]:
 def provider_name(name: str) -> str:
     """Return the one name of a provider that LiteLLM knows by several."""
     return _ALIASES.get(name, name)
+
+
+def home_of(provider: str) -> str | None:
+    """Return where `provider` is unless told otherwise, or None if nobody knows."""
+    return _HOMES.get(provider_name(provider))
 
 
 def endpoint_name(url: object) -> str | None:

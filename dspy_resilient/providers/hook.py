@@ -30,7 +30,7 @@ class Hook:
     """LiteLLM's end of the line; safe for threads, takes its lock only when something is missing.
 
     Args:
-        receive: Called with the event's keywords, its start, its end, and whether it `succeeded`.
+        receive: Called with the event's keywords, answer, start and end, and whether it `succeeded`.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -96,14 +96,12 @@ def _make_logger(base: Any, receive: Receive) -> Any:
         def log_success_event(
             self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
         ) -> None:
-            del response_obj
-            receive(kwargs, start_time, end_time, succeeded=True)
+            receive(kwargs, response_obj, start_time, end_time, succeeded=True)
 
         def log_failure_event(
             self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
         ) -> None:
-            del response_obj
-            receive(kwargs, start_time, end_time, succeeded=False)
+            receive(kwargs, response_obj, start_time, end_time, succeeded=False)
 
         async def async_log_success_event(
             self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any

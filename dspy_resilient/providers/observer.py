@@ -26,6 +26,7 @@ from typing import Any
 
 from dspy_resilient.events import logger
 from dspy_resilient.fork import renew_after_fork
+from dspy_resilient.providers.cached import made_so_far
 from dspy_resilient.providers.evidence import (
     TAG,
     Evidence,
@@ -49,16 +50,18 @@ class Sighting:
 
     Attributes:
         call_id: The attempt's name in LiteLLM: a UUID.
+        client: Whose attempt it is; others may hear of it.
         on_failure: Called with the evidence on the thread, and in the task, of the attempt, before
             the exception gets there. (Where a stream breaks half-way LiteLLM reports it when it
             gets round to it, on a thread of its own.)
     """
 
-    __slots__ = ("call_id", "on_failure")
+    __slots__ = ("call_id", "client", "on_failure")
 
-    def __init__(self, call_id: str, on_failure: OnFailure) -> None:
+    def __init__(self, call_id: str, on_failure: OnFailure, client: object = None) -> None:
         self.call_id = call_id
         self.on_failure = on_failure
+        self.client = client
 
     def tags(self, keywords: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return fresh keywords that mark the attempt for LiteLLM and keep it to one request.
@@ -101,6 +104,7 @@ class _Subscription:
     provider: str
     endpoint: str | None
     on_outcome: Callable[[], OnOutcome | None]
+    client: weakref.ref[Any] | None
 
     def concerns(self, evidence: Evidence) -> bool:
         is_there = self.endpoint is None or f"{evidence.endpoint}/".startswith(f"{self.endpoint}/")
@@ -123,9 +127,9 @@ class _Observer:
         self._series = str(uuid.uuid4())[:-12]  # one random UUID, whose last digits count
         self._numbers = itertools.count()
 
-    def sight(self, on_failure: OnFailure) -> Sighting:
+    def sight(self, on_failure: OnFailure, client: object = None) -> Sighting:
         """Return a new attempt under observation."""
-        sighting = Sighting(f"{self._series}{next(self._numbers):012x}", on_failure)
+        sighting = Sighting(f"{self._series}{next(self._numbers):012x}", on_failure, client)
         self._sightings[sighting.call_id] = sighting
         return sighting
 
@@ -145,37 +149,38 @@ class _Observer:
             others = (each for each in self._subscriptions if each is not subscription)
             self._subscriptions = tuple(others)
 
-    def receive(
-        self, kwargs: dict[str, Any], start: object, end: object, *, succeeded: bool
-    ) -> None:
+    def receive(self, kwargs: dict[str, Any], *facts: Any, succeeded: bool) -> None:
         """Hand an event of LiteLLM's to whom it concerns; never raises."""
         if succeeded and not self._subscriptions:
             return
         try:
-            self._route(kwargs, start, end, succeeded=succeeded)
+            self._route(kwargs, *facts, succeeded=succeeded)
         except Exception as error:  # noqa: BLE001  # LiteLLM would log it, with key and prompt
             logger.warning("dspy_resilient.observer_failed error=%s", type(error).__name__)
 
-    def _route(
-        self, kwargs: dict[str, Any], start: object, end: object, *, succeeded: bool
-    ) -> None:
+    def _route(self, kwargs: dict[str, Any], *facts: Any, succeeded: bool) -> None:
         ids = tuple(call_ids(kwargs))
         is_tagged = any(call_id.startswith(self._series) for call_id in ids)
         untagged = None if is_tagged else _untagged.get()
         if not is_tagged and untagged is None:
             if not kwargs.get("cache_hit"):
-                self._publish(read_event(kwargs, start, end), succeeded=succeeded)
+                self._publish(read_event(kwargs, *facts), succeeded=succeeded)
         elif not succeeded:
             found = (self._sightings.get(call_id) for call_id in ids)
             sighting = next((each for each in found if each is not None), untagged)
             if sighting is not None and self.take(sighting):
-                sighting.on_failure(read_event(kwargs, start, end))
+                evidence = read_event(kwargs, *facts)
+                sighting.on_failure(evidence)
+                self._publish(evidence, succeeded=False, client=sighting.client)
 
-    def _publish(self, evidence: Evidence, *, succeeded: bool) -> None:
+    def _publish(self, evidence: Evidence, *, succeeded: bool, client: object = None) -> None:
+        """Tell those whom it concerns, but not the `client` whose own attempt it was."""
         for subscription in self._subscriptions:
-            on_outcome = subscription.on_outcome() if subscription.concerns(evidence) else None
-            if on_outcome is not None:
-                on_outcome(evidence, succeeded)
+            own = subscription.client is not None and subscription.client() is client
+            if not own and subscription.concerns(evidence):
+                on_outcome = subscription.on_outcome()
+                if on_outcome is not None:
+                    on_outcome(evidence, succeeded)
 
 
 _observer = _Observer()
@@ -232,11 +237,11 @@ def watch(
             are none to add, LiteLLM is not imported, and what fails in this context, untagged, is
             taken for the attempt.
         keywords: As for `Sighting.tags`.
-        connections: Whose provider clients the attempt uses.
+        connections: Whose provider clients the attempt uses: those of the client that makes it.
     """
     if by_keywords or loaded():
         ensure_registered()
-    sighting = _observer.sight(on_failure)
+    sighting = _observer.sight(on_failure, connections)
     token = None if by_keywords else _untagged.set(sighting)
     use = None if connections is None else connections.use()
     try:
@@ -249,8 +254,13 @@ def watch(
         sighting.close()
 
 
-def subscribe(provider: str, endpoint: str | None, on_outcome: OnOutcome) -> Callable[[], None]:
-    """Hear of the process's LiteLLM calls to a provider that are no attempts of ours (R31).
+def subscribe(
+    provider: str, endpoint: str | None, on_outcome: OnOutcome, client: object = None
+) -> Callable[[], None]:
+    """Hear of the process's LiteLLM calls to a provider that are no attempts of one's own (R31).
+
+    Of the attempts of other clients only failures are heard. LiteLLM is not imported for it: where
+    it has not been yet, hearing begins with the first attempt of any client.
 
     Args:
         provider: LiteLLM's name for it, e.g. "openai".
@@ -258,14 +268,17 @@ def subscribe(provider: str, endpoint: str | None, on_outcome: OnOutcome) -> Cal
             to that provider.
         on_outcome: Called with the evidence and whether the call succeeded, on any thread; of a
             success, late. Held weakly: the subscription ends with the object it is a method of.
+        client: Whose attempts are not to be heard, as given to `watch`; held weakly.
 
     Returns:
         A function that ends the subscription.
     """
-    ensure_registered()
+    if loaded() or "callbacks" in made_so_far():
+        ensure_registered()
     is_method = isinstance(on_outcome, types.MethodType)
     held: Callable[[], OnOutcome | None]
     held = weakref.WeakMethod(on_outcome) if is_method else weakref.ref(on_outcome)
-    subscription = _Subscription(provider_name(provider), endpoint_name(endpoint), held)
+    own = None if client is None else weakref.ref(client)
+    subscription = _Subscription(provider_name(provider), endpoint_name(endpoint), held, own)
     _observer.subscribe(subscription)
     return partial(_observer.unsubscribe, subscription)

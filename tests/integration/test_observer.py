@@ -224,6 +224,14 @@ def test_others_stay_where_they_are(provider):
     )
 
 
+def test_a_hundred_clients_take_one_place(make):
+    """LiteLLM has a hundred in all, and lets nobody else in after that (R30)."""
+    for _ in range(101):
+        make(cache=False)("?")
+    for name in LISTS:
+        assert sum("dspy_resilient" in type(c).__module__ for c in getattr(litellm, name)) == 1
+
+
 def test_a_list_that_is_none_is_left_alone(monkeypatch):
     """Somebody's odd assignment must not fail a call (R30)."""
     monkeypatch.setattr(litellm, "input_callback", None)
@@ -545,6 +553,24 @@ def test_a_dead_subscriber_disappears(provider):
         elsewhere(provider)
     assert len(left.heard) == 1
     end()
+
+
+def test_an_event_tells_when_the_first_token_came_and_with_which_headers(provider):
+    """Of a stream, and of a failure; what LiteLLM has not kept is not there (R30)."""
+    subscriber = Subscriber()
+    end = providers.subscribe("openai", provider.api_base, subscriber.hear)
+    provider.answer = "The capital is Paris"
+    list(elsewhere(provider, stream=True))
+    assert subscriber.news.wait(10)
+    provider.script(Status(500, headers={"X-Request-Id": "r1"}))
+    with pytest.raises(litellm.InternalServerError):
+        elsewhere(provider)
+    end()
+    (streamed, _), (failed, _) = subscriber.heard
+    assert 0 < streamed.first_token <= streamed.seconds
+    assert streamed.headers["content-type"] == "text/event-stream"
+    assert failed.first_token is None
+    assert failed.headers["x-request-id"] == "r1"
 
 
 @pytest.mark.parametrize(
