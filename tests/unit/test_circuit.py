@@ -2,7 +2,8 @@
 
 Of the changes of one operator or constant in `machine.py`, those that no test notices change
 nothing: first values that the first change of state sets anew, a failure counted as slow as well
-(a window counts it once), and `/` for `//` before `int`. Those of waiting and of early probes are
+(a window counts it once), `/` for `//` before `int`, and edges at which both sides come to the same
+(a hint of 0, the opening at which the longest time is reached). Those of waiting and of early probes are
 noticed in `test_circuit_crowd.py` and `test_early_probes.py`.
 """
 
@@ -276,6 +277,13 @@ def test_retry_after_is_a_floor(make, clock):
     breaker = make(failure_threshold=1)
     fail(breaker, retry_after=42)
     assert breaker.open_remaining == 42
+
+
+def test_retry_after_of_less_than_a_second_counts(make, clock):
+    """Seconds may have fractions (R23)."""
+    breaker = make(failure_threshold=1, recovery_time=0.1)
+    fail(breaker, retry_after=0.9)
+    assert breaker.open_remaining == pytest.approx(0.9)
 
 
 def test_retry_after_is_no_ceiling(make, clock):
