@@ -444,6 +444,19 @@ def test_failed_probe_reopens_for_longer(make, clock):
     assert breaker.open_remaining == 10
 
 
+def test_reopening_takes_back_the_places_of_hanging_probes(make, clock):
+    """A probe of the last half-open time takes no place in this one (R24)."""
+    breaker = make(probes=2)
+    open_for(breaker, clock)
+    clock.advance(5)
+    hanging = breaker.admit()
+    breaker.admit().failure()
+    clock.advance(breaker.open_remaining)
+    assert [breaker.try_admit() is not None for _ in range(3)] == [True, True, False]
+    hanging.success()
+    assert breaker.try_admit() is None
+
+
 def test_one_failed_probe_outweighs_the_successes_before_it(make, clock):
     """Only successes without a failure among them close it (R24)."""
     breaker = make(successes_to_close=3)
