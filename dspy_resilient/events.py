@@ -14,6 +14,8 @@
     CircuitHalfOpened  a circuit lets probes through                                     info
     CircuitClosed      a circuit lets everything through again                           info
     ClientRestarted    what was broken on our side has been replaced                     warning
+    StoreLost          the shared store does not answer; each process goes on by itself  warning
+    StoreFound         the shared store answers again                                    info
 
 A listener (`ResilientLM(on_event=...)`) hears all of them, in order. The logger `dspy_resilient`
 gets one line for each change of state: the event's name and facts, which are in the record's

@@ -96,7 +96,7 @@ def test_an_event_names_its_client_its_target_and_its_time(kind):
 def test_an_event_says_what_happened_in_the_past_tense(kind):
     """Its name is a fact, not an order (R70)."""
     assert kind.__doc__
-    assert kind.__name__.endswith(("ed", "Back", "Hit"))
+    assert kind.__name__.endswith(("ed", "Back", "Hit", "Lost", "Found"))
 
 
 def test_one_listener_hears_everything_in_order():
