@@ -188,7 +188,7 @@ def _attempt_in_thread(attempt: Attempt, running: Running) -> Answer:
     threading.Thread(target=body, name=f"attempt:{attempt.label}", daemon=True).start()
     try:
         with running.ended_by(future.cancel):
-            return future.result(None if math.isinf(attempt.limit) else attempt.limit)
+            return future.result(None if attempt.limit > _LONGEST_WAIT else attempt.limit)
     except concurrent.futures.TimeoutError:
         if future.cancel():
             raise attempt.leave_behind() from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
@@ -51,7 +52,8 @@ def number(
     if value is None and optional:
         return
     is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if is_number and low <= value <= high and value not in (low if above else None, math.inf):  # type: ignore[operator]  # it is a number
+    most = high if whole else min(high, sys.float_info.max)  # else no clock could add it
+    if is_number and low <= value <= most and value not in (low if above else None, math.inf):  # type: ignore[operator]  # it is a number
         return
     edge = "greater than" if above else "at least"
     allowed = f"{'a whole number' if whole else 'a number'} {edge} {low:g}"

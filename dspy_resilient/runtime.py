@@ -177,7 +177,7 @@ class Runtime:
 
     def backoff(self, failures: int) -> float:
         """Return the wait after the given number of earlier failures: full jitter (R50)."""
-        longest: float = min(self.retry.cap, self.retry.base * 2.0**failures)
+        longest: float = min(self.retry.cap, self.retry.base * 2.0 ** min(failures, 1000))
         return self.random() * longest
 
     def store(self, key: str | None, answer: Answer, *, whole: bool = True) -> None:

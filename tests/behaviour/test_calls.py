@@ -280,6 +280,18 @@ def test_the_deadline_holds_while_an_attempt_hangs(provider, make, ask):
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.parametrize("seconds", [1e10, 1e300])
+def test_a_deadline_may_be_longer_than_any_wait(make, ask, seconds):
+    """Python's own waits end at some hundred years; a deadline does not (R54)."""
+    assert ask(make(deadline=seconds, limits=1), "q") == ["Paris"]
+
+
+def test_no_number_of_failures_breaks_the_backoff(make):
+    """The wait is bounded by `cap` however many there were (R50)."""
+    lm = make(retry=RetryPolicy(cap=5.0))
+    assert 0 <= lm._runtime.backoff(100_000) <= 5
+
+
 def test_an_answer_that_comes_too_late_is_there_for_the_next_call(provider, make):
     """A late answer still lands in the cache (R54)."""
     lm = make(deadline=0.3)

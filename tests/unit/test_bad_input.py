@@ -172,6 +172,8 @@ def test_whole_numbers_have_no_largest():
     """A number that no float can hold is refused by name, or taken, and never breaks."""
     assert LimitPolicy(max_concurrent=HUGE).max_concurrent == HUGE
     refused(lambda: CircuitPolicy(failure_rate=HUGE), "failure_rate", error=ValueError)
+    refused(lambda: RetryPolicy(base=HUGE), "base", error=ValueError)
+    refused(lambda: ResilientLM("openai/x", deadline=HUGE), "deadline", error=ValueError)
 
 
 def test_a_policy_can_be_varied_pasted_back_and_compared():
