@@ -154,6 +154,17 @@ def test_old_verdicts_leave_the_window(make, clock):
     assert breaker.closed
 
 
+def test_verdict_on_the_edge_of_a_bucket_belongs_to_the_later_one(make, clock):
+    """It is kept for the whole `window` (R22)."""
+    breaker = make(failure_threshold=9, window=60.0, min_calls=2, failure_rate=1.0)
+    succeed(breaker)
+    clock.advance(5)  # a bucket later, to the moment
+    fail(breaker)
+    clock.advance(57)
+    fail(breaker)
+    assert breaker.state == "open"
+
+
 def test_window_moves_on_bucket_by_bucket(make, clock):
     """Verdicts age one by one, not all at once (R22)."""
     breaker = make(window=60.0, failure_threshold=99)
