@@ -180,6 +180,7 @@ Listener = Callable[[Event], object]
 _STATE_CHANGES = (
     *(CircuitOpened, CircuitHalfOpened, CircuitClosed),
     *(Throttled, WaitStarted, ClientRestarted),
+    *(StoreLost, StoreFound),
 )
 _BASE = {f.name for f in fields(Event)}
 _KEEPING = (logging.FileHandler, logging.NullHandler)

@@ -25,6 +25,8 @@ from dspy_resilient.events import (
     FellBack,
     Hub,
     RetryScheduled,
+    StoreFound,
+    StoreLost,
     Throttled,
     WaitStarted,
 )
@@ -224,6 +226,7 @@ def test_what_is_no_error_of_a_listener_goes_through():
 CHANGES = [
     *(CircuitOpened, CircuitHalfOpened, CircuitClosed),
     *(Throttled, WaitStarted, ClientRestarted),
+    *(StoreLost, StoreFound),
 ]
 
 
@@ -320,8 +323,10 @@ def test_trouble_is_a_warning_and_its_end_is_not(caplog):
         "throttled": logging.WARNING,
         "wait_started": logging.WARNING,
         "client_restarted": logging.WARNING,
+        "store_lost": logging.WARNING,
         "circuit_half_opened": logging.INFO,
         "circuit_closed": logging.INFO,
+        "store_found": logging.INFO,
     }
 
 
