@@ -154,6 +154,30 @@ def test_old_verdicts_leave_the_window(make, clock):
     assert breaker.closed
 
 
+@pytest.mark.parametrize("pause", [61, 116])
+def test_what_has_left_the_window_counts_no_more(make, clock, pause):
+    """Neither calls, nor failures, nor slow ones: the rates are those of the window (R22)."""
+    breaker = make(
+        failure_threshold=9, failure_rate=1.0, window=60.0, min_calls=4, slow_call=1.0, slow_rate=0.5
+    )  # fmt: skip
+
+    def slow():
+        permit = breaker.admit()
+        clock.advance(1)
+        permit.success()
+
+    fail(breaker)
+    slow()
+    slow()
+    clock.advance(pause)
+    succeed(breaker, 3)
+    slow()
+    slow()
+    assert breaker.state == "closed"
+    slow()
+    assert (breaker.state, breaker.reason) == ("open", "slow")
+
+
 def test_verdict_on_the_edge_of_a_bucket_belongs_to_the_later_one(make, clock):
     """It is kept for the whole `window` (R22)."""
     breaker = make(failure_threshold=9, window=60.0, min_calls=2, failure_rate=1.0)
