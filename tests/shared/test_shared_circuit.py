@@ -66,6 +66,7 @@ def test_failures_of_all_clients_count_together(provider, pair, ask):
     provider.always(Status(500))
     fail(ask, here, 2)
     fail(ask, there)
+    until(lambda: there.circuit.state == "open")  # the report is on its way
     for lm in (here, there):
         with pytest.raises(CircuitOpenError) as caught:
             ask(lm, "q")
@@ -113,6 +114,7 @@ def test_one_probe_in_all_and_recovery_everywhere(provider, pair, ask):
     here, there, *told = pair(CircuitPolicy(failure_threshold=3, recovery_time=2, jitter=0))
     provider.always(Status(500))
     fail(ask, here, 3)
+    until(lambda: here.circuit.state == "open")
     with pytest.raises(CircuitOpenError):
         ask(there, "q")
     time.sleep(2.1)
@@ -267,6 +269,7 @@ def test_an_emptied_store_takes_on_what_its_clients_know(provider, pair, ask, va
     here, there, *_ = pair(CircuitPolicy(failure_threshold=2, recovery_time=30))
     provider.always(Status(500))
     fail(ask, here, 2)
+    until(lambda: here.circuit.state == "open")
     with pytest.raises(CircuitOpenError):
         ask(there, "q")
     client = valkey.client()
