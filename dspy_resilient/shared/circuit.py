@@ -19,7 +19,7 @@ from dspy_resilient.shared.courier import VIEW_AGE, Courier, Link
 from dspy_resilient.shared.store import CircuitReport, CircuitVerdict, CircuitView
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from concurrent.futures import Future
 
     from dspy_resilient.policies import CircuitPolicy
@@ -34,6 +34,10 @@ class _Ticket(NamedTuple):
 
     name: str
     until: float
+
+
+def _tells_of_failure(verdicts: Sequence[CircuitVerdict]) -> bool:
+    return any(each.outcome is _FAILURE for each in verdicts)
 
 
 class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
@@ -62,7 +66,6 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
         self._lease = 0.0
         self._wishes = self._early = False
         self._outbox: list[CircuitVerdict] = []
-        self._urgent: Future[bool] | None = None
         self._ticket: _Ticket | None = None
         self._tokens: dict[Permit, str] = {}
 
@@ -99,10 +102,11 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
             if self.alone:
                 needs, worth = False, self.is_old
             elif machine.passes:
-                if self._urgent is not None and not self._urgent.done():
-                    return self._urgent
-                age = now - self._heard_at  # with failures about, every verdict may be the last
-                needs = age >= VIEW_AGE or machine.failures > 0
+                if self._under_way is not None and _tells_of_failure(self._under_way.verdicts):
+                    return self._arrives  # this verdict may be the one that opens it
+                age = now - self._heard_at
+                trouble = machine.failures > 0 or _tells_of_failure(self._outbox)
+                needs = age >= VIEW_AGE or trouble
                 worth = needs or age >= VIEW_AGE / 2
             elif self._ticket is not None or not self._may_probe(now, early=early):
                 needs, worth = False, self.is_old
@@ -182,7 +186,7 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
             self._outbox.append(
                 CircuitVerdict(outcome, 1, int(slow), reason, text, retry_after, token)
             )
-        self._urgent = self.ask()
+        self.ask()
 
     def _count_success(self, permit: Permit) -> None:
         slow, outbox = int(self._is_slow(permit)), self._outbox

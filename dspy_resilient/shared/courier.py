@@ -150,6 +150,7 @@ class Link(ABC, Generic[Request, Reply]):
         self.alone = False
         self._next: Future[bool] | None = None
         self._under_way: Request | None = None
+        self._arrives: Future[bool] | None = None
         self._heard_at = -math.inf
         self._faults = 0
         self._try_at = -math.inf
@@ -202,6 +203,7 @@ class Link(ABC, Generic[Request, Reply]):
             if future is None:
                 return
             request = self._under_way = self._draft(self._courier.clock())
+            self._arrives = future
         fault: Exception | None = None
         try:
             reply = self._say(store, request)
