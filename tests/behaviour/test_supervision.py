@@ -216,7 +216,7 @@ async def test_a_stream_that_has_not_begun_is_tried_once_more(streaming, make):
 async def test_a_stream_that_breaks_in_the_middle_is_not_repeated(streaming, make, monkeypatch):
     """Its chunks have been seen; the client is restarted for the next call all the same (R14, R60).
 
-    (Over aiohttp nobody learns that the client was closed; a timeout or a deadline ends the stream.)
+    (Over aiohttp nobody learns that the client was closed: see below.)
     """
     monkeypatch.setattr(litellm, "disable_aiohttp_transport", True)
     litellm.in_memory_llm_clients_cache.flush_cache()
@@ -227,6 +227,17 @@ async def test_a_stream_that_breaks_in_the_middle_is_not_repeated(streaming, mak
     assert [each.outcome for each in error.value.attempts] == ["broken"]
     assert streaming.count == 1
     assert lm.stats().restarts == 1
+    assert (await stream(lm, lambda: asyncio.sleep(0)))[1].answer.startswith("one")
+
+
+async def test_a_deadline_ends_a_stream_whose_client_was_closed(streaming, make):
+    """Over aiohttp nobody learns of it, and no timeout of LiteLLM's applies (R54, R60)."""
+    streaming.script(StallStream(1, 1.0))
+    lm = make(cache=False, deadline=1.0, timeout=0.5, api_base=streaming.api_base)
+    with pytest.raises(dspy.LMError):
+        await stream(lm, aclose_clients)
+    assert streaming.count == 1
+    assert lm.health().in_flight == 0
     assert (await stream(lm, lambda: asyncio.sleep(0)))[1].answer.startswith("one")
 
 

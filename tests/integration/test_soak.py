@@ -198,10 +198,12 @@ class Soak:
         return None
 
     async def _stream(self, name, question):
+        """Stream an answer; nothing but a deadline ends one whose client is closed under it."""
         program = dspy.streamify(dspy.Predict("question -> answer"), is_async_program=True)
         prediction = None
         try:
-            with dspy.context(lm=self.clients[name], adapter=dspy.JSONAdapter()):
+            lm = self.clients[name].copy(deadline=5.0)
+            with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
                 async for value in program(question=question):
                     if isinstance(value, dspy.Prediction):
                         prediction = value
