@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from dspy_resilient.errors import (
@@ -52,27 +52,34 @@ def clear_the_way(call: Call, client: Runtime, turn: Turn, route: Route) -> Step
             if passage.is_current:
                 admission = yield from _admit(call, client, turn, route)
                 turn.early = False
-                if admission is not None:
+                if admission is not None and passage.is_current:
                     return target.attempt(call, route, admission, passage, slot)
         except BaseException:
             _release(passage, slot, admission)
             raise
-        _release(passage, slot)
-        if passage.is_current:  # else the gate has closed during the queue
+        _release(passage, slot, admission)
+        if passage.is_current:  # else the gate has closed meanwhile
             raise rejected(client, route, route.rejection())
 
 
 def _admit(call: Call, client: Runtime, turn: Turn, route: Route) -> Steps[Admission | None]:
-    """Ask the circuit; if it is shared, and what is known of it too old, first ask the store."""
+    """Ask the circuit; what is shared, and known from too long ago, first asks the store."""
     lease, early = turn.target.timeout(call) or 0.0, turn.early
-    if route.shared is None:
+    if route.shared is None and route.shared_gate is None:
         return route.admit(lease, early=early)
-    with route.shared.consulting(lease, early=early) as question:
-        if question is not None:
-            patience = min(route.shared.patience, call.left(client.clock()))
-            if not (yield Wait(question, patience)):
-                check_deadline(call, client)
-                route.shared.go_alone()
+    consulting = (
+        nullcontext() if route.shared is None else route.shared.consulting(lease, early=early)
+    )
+    with consulting as news_of_circuit:
+        news_of_gate = route.shared_gate.question() if route.shared_gate is not None else None
+        since = client.clock()
+        for link, news in ((route.shared_gate, news_of_gate), (route.shared, news_of_circuit)):
+            if link is not None and news is not None:  # both are under way: it is one wait
+                now = client.clock()
+                patience = min(link.patience - (now - since), call.left(now))
+                if not (yield Wait(news, max(0.0, patience))):
+                    check_deadline(call, client)
+                    link.go_alone()
         return route.admit(lease, early=early)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dspy_resilient.errors import CircuitOpenError
     from dspy_resilient.runtime import Runtime
     from dspy_resilient.shared.circuit import SharedCircuit
+    from dspy_resilient.shared.gate import SharedGate
 
 _AUTH_FAILURES = 3
 
@@ -90,6 +91,7 @@ class Route:
         self,
         runtime: Runtime,
         way: tuple[str, str, str],
+        api_key: Any,
         circuit: CircuitBreaker | None,
         budget: RetryBudget,
     ) -> None:
@@ -98,7 +100,8 @@ class Route:
         self.budget = budget
         self.access: CircuitBreaker | None = None
         self.shared = cast("SharedCircuit", circuit) if runtime.fleet is not None else None
-        self.gate = runtime.new_gate(label)
+        self.gate = gate = runtime.new_gate(label, way, api_key)
+        self.shared_gate = cast("SharedGate", gate) if runtime.fleet is not None else None
         self.limiter = runtime.new_limiter(label)
         self._runtime = runtime
         if circuit is not None and circuit.policy.listen == "provider":
@@ -244,10 +247,10 @@ class Routes:
         with self._lock:
             route = self._routes.get((way, api_key))
             if route is None:
-                route = self._routes[way, api_key] = self._make(way)
+                route = self._routes[way, api_key] = self._make(way, api_key)
             return route
 
-    def _make(self, way: tuple[str, str, str]) -> Route:
+    def _make(self, way: tuple[str, str, str], api_key: Any) -> Route:
         if way not in self._ways:
             runtime = self._runtime
             circuit = self._shared
@@ -255,7 +258,7 @@ class Routes:
                 circuit = runtime.new_circuit(label_of(way), way)
             self._ways[way] = circuit, RetryBudget(runtime.retry.budget)
         circuit, budget = self._ways[way]
-        return Route(self._runtime, way, circuit, budget)
+        return Route(self._runtime, way, api_key, circuit, budget)
 
     def all(self) -> list[Route]:
         """Return the routes in use."""

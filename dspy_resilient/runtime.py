@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dspy_resilient import providers
-from dspy_resilient.cache import Flights, ResponseCache, usable
+from dspy_resilient.cache import Flights, ResponseCache, tenant_of, usable
 from dspy_resilient.circuit import CircuitBreaker, EarlyProbes, ThrottleGate
 from dspy_resilient.clerk import Clerk
 from dspy_resilient.errors import ClientClosedError
@@ -128,16 +129,25 @@ class Runtime:
             return CircuitBreaker(policy, **facts)
         return self.fleet.circuit(way, policy, **facts)
 
-    def new_gate(self, label: str) -> ThrottleGate:
-        """Return an open throttle gate for the place called `label`."""
-        return ThrottleGate(
-            max_retry_after=self.retry.max_retry_after,
-            clock=self.clock,
-            random=self.random,
-            listener=self.hub.emit,
-            client=self.name,
-            target=label,
-        )
+    def new_gate(self, label: str, way: tuple[str, str, str], api_key: Any) -> ThrottleGate:
+        """Return an open throttle gate for `api_key` on `way`, shared where anything is.
+
+        A key that is no str (a function that fetches tokens) has no lasting value by which others
+        could know it: nobody else has the name of its gate.
+        """
+        facts: dict[str, Any] = {
+            "max_retry_after": self.retry.max_retry_after,
+            "clock": self.clock,
+            "random": self.random,
+            "listener": self.hub.emit,
+            "client": self.name,
+            "target": label,
+        }
+        if self.fleet is None:
+            return ThrottleGate(**facts)
+        is_lasting = api_key is None or isinstance(api_key, str)
+        credential = tenant_of(api_key) if is_lasting else uuid.uuid4().hex
+        return self.fleet.gate(way, credential, **facts)
 
     def begin(self, what: str) -> float:
         """Count a call or an attempt that begins, and return the clock's reading."""

@@ -241,14 +241,25 @@ class ThrottleGate(Turnstile):
         if hint is not None and not (math.isfinite(hint) and hint > 0):
             hint = None
         if news:
-            self._generation += 1
             self._closings += 1
+        until = now + (self._pause() if hint is None else min(hint, self._max_retry_after))
+        self._shut(now, until, hint, news=news)
+
+    def _follow(self, now: float, seconds: float, hint: float | None) -> None:
+        """Close as long as another client has, after a 429 of the same credential."""
+        news = now >= self._closed_until
+        if news:
+            self._closings += 1
+        self._shut(now, now + min(seconds, self._max_retry_after), hint, news=news)
+
+    def _shut(self, now: float, until: float, hint: float | None, *, news: bool) -> None:
+        if news:
+            self._generation += 1
             self._places.clear()
         if self._throttled_since is None:
             self._throttled_since = now
         if hint is not None:
             self._hinted_until = max(self._hinted_until, now + hint)
-        until = now + (self._pause() if hint is None else min(hint, self._max_retry_after))
         self._open = False
         self._allowed = 1
         if news or until > self._closed_until:

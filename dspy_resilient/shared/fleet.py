@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from dspy_resilient.shared.circuit import SharedCircuit
 from dspy_resilient.shared.courier import Courier
+from dspy_resilient.shared.gate import SharedGate
 from dspy_resilient.shared.redis import RedisStore
 from dspy_resilient.shared.store import Store
 
@@ -84,13 +85,20 @@ class Fleet:
         """Return the circuit of one way to a provider."""
         return SharedCircuit(self._courier, self._key(way, "circuit"), policy, **facts)
 
+    def gate(self, way: tuple[str, str, str], credential: str, **facts: Any) -> SharedGate:
+        """Return the throttle gate of one credential on one way to a provider."""
+        return SharedGate(self._courier, self._key(way, "throttle", credential), **facts)
+
     def close(self) -> None:
         """Close the connections that were opened for this client."""
         if self._opened:
             self._store.close()
 
-    def _key(self, way: tuple[str, str, str], kind: str) -> str:
-        salt = f"{_FORMAT} {self._space}".encode()
-        digest = hmac.new(salt, repr(way).encode(), hashlib.sha256).hexdigest()[:32]
+    def _key(self, way: tuple[str, str, str], kind: str, credential: str | None = None) -> str:
         namespace, name = (quote(each, safe="") for each in self._space)
-        return f"{_FORMAT}:{namespace}:{name}:{{{digest}}}:{kind}"
+        key = f"{_FORMAT}:{namespace}:{name}:{{{self._digest(repr(way))}}}:{kind}"
+        return key if credential is None else f"{key}:{self._digest(credential)}"
+
+    def _digest(self, text: str) -> str:
+        salt = f"{_FORMAT} {self._space}".encode()
+        return hmac.new(salt, text.encode(), hashlib.sha256).hexdigest()[:32]

@@ -17,13 +17,13 @@ from dspy_resilient.circuit import CircuitState, Outcome
 from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.circuit.waiting import Places, Signals
 from dspy_resilient.fork import renew_after_fork
-from dspy_resilient.shared.store import KEPT, CircuitView
+from dspy_resilient.shared.store import KEPT, CircuitView, ThrottleView
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dspy_resilient.policies import CircuitPolicy
-    from dspy_resilient.shared.store import CircuitReport, CircuitVerdict
+    from dspy_resilient.shared.store import CircuitReport, CircuitVerdict, ThrottleReport
 
 _MOST = 65_536
 
@@ -57,6 +57,13 @@ class MemoryStore:
             circuit = self._kept.get(key) or _Circuit(policy, now)
             self._kept[key] = circuit
             return circuit.hear(now, report)
+
+    def throttle(self, key: str, report: ThrottleReport) -> ThrottleView:
+        """Answer `Store.throttle`."""
+        with self._lock:
+            now = self._clock()
+            gate = self._kept[key] = self._kept.get(key) or _Gate()
+            return gate.hear(now, report)
 
 
 class _Circuit:
@@ -122,4 +129,31 @@ class _Circuit:
             openings=machine.openings,
             reason=machine.reason,
             error=machine.last_error,
+        )
+
+
+class _Gate:
+    """When one throttle gate opens again, and the stamp of its last change."""
+
+    def __init__(self) -> None:
+        self._closed = self._hinted = -math.inf
+        self._stamp = 0
+
+    def hear(self, now: float, report: ThrottleReport) -> ThrottleView:
+        before = self._closed, self._hinted
+        if report.reset:
+            self._closed = self._hinted = -math.inf
+        reported = now + report.seconds
+        if report.seconds > 0:
+            self._closed = max(self._closed, reported)
+        if report.hint > 0:
+            self._hinted = max(self._hinted, now + report.hint)
+        if (self._closed, self._hinted) != before:
+            self._stamp = max(math.floor(now * 1e6), self._stamp + 1)
+        return ThrottleView(
+            at=now,
+            stamp=self._stamp,
+            seconds=max(0.0, self._closed - now),
+            hint=max(0.0, self._hinted - now),
+            longer=self._closed > reported,
         )

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from dspy_resilient.circuit import CircuitState
 from dspy_resilient.circuit.machine import steps_to_longest
 from dspy_resilient.redact import redact
-from dspy_resilient.shared.store import KEPT, CircuitView, StoreAnswerError
+from dspy_resilient.shared.store import KEPT, CircuitView, StoreAnswerError, ThrottleView
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dspy_resilient.policies import CircuitPolicy
-    from dspy_resilient.shared.store import CircuitReport
+    from dspy_resilient.shared.store import CircuitReport, ThrottleReport
 
 _SOCKET_SECONDS = 1.0
 _OF_THE_CIRCUIT = (
@@ -51,6 +51,7 @@ class _Script:
 
 
 _CIRCUIT = _Script("circuit.lua")
+_THROTTLE = _Script("throttle.lua")
 
 
 class RedisStore:
@@ -122,6 +123,21 @@ class RedisStore:
         state = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
         request = {"policy": rules, **_given(state), "verdicts": verdicts}
         return _view(self._run(_CIRCUIT, key, request, KEPT + _finite(report.remaining)))
+
+    def throttle(self, key: str, report: ThrottleReport) -> ThrottleView:
+        """Answer `Store.throttle`."""
+        request = dataclasses.asdict(report)
+        answer = self._run(_THROTTLE, key, request, KEPT + report.seconds)
+        try:
+            return ThrottleView(
+                at=float(answer["at"]),
+                stamp=_whole(answer["stamp"]),
+                seconds=_seconds(answer["seconds"]),
+                hint=_seconds(answer["hint"]),
+                longer=answer["longer"] is True,
+            )
+        except (KeyError, TypeError, ValueError):
+            raise StoreAnswerError("the store's answer is no throttle gate") from None
 
     def _run(self, script: _Script, key: str, request: dict[str, Any], kept: float) -> Any:
         argument, milliseconds = json.dumps(request, allow_nan=False), math.ceil(kept * 1000)

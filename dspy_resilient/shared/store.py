@@ -109,6 +109,42 @@ class CircuitView:
     error: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThrottleReport:
+    """What a client has to say of a throttle gate.
+
+    Attributes:
+        seconds: How long it has closed the gate for, after a 429 that the store has not heard of;
+            0 for no such.
+        hint: Seconds the provider asked for with it, however many; 0 if it did not say.
+        reset: Whether all earlier closings are to be forgotten.
+    """
+
+    seconds: float = 0.0
+    hint: float = 0.0
+    reset: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThrottleView:
+    """How a throttle gate stands once a report has been heard.
+
+    Attributes:
+        at: The store's clock.
+        stamp: Stamp of the last change: microseconds of the store's clock, ever growing. 0 if
+            nothing has changed yet.
+        seconds: How long the gate stays closed.
+        hint: How long the provider wants to be left alone, however long that is.
+        longer: Whether that is longer than what the report said.
+    """
+
+    at: float
+    stamp: int
+    seconds: float
+    hint: float
+    longer: bool
+
+
 @runtime_checkable
 class Store(Protocol):
     """State that several clients have in common. Verbs may block; any exception is a fault.
@@ -128,6 +164,13 @@ class Store(Protocol):
         The newest change that anybody knows of counts: a client that knows of a later one than
         the store (which was emptied, restored or out of reach) is believed. Verdicts of an
         earlier generation change nothing.
+        """
+        ...
+
+    def throttle(self, key: str, report: ThrottleReport) -> ThrottleView:
+        """Hear `report` about the throttle gate `key`, and return how it stands.
+
+        The latest end that anybody has reported counts, whatever the order of the reports (R28).
         """
         ...
 
