@@ -39,12 +39,13 @@ except ImportError:  # DSPy 3.5 has no such calls any more
 
 _ASYNC = {"__call__": "acall", "generate": "agenerate"}
 _NOTHING = contextlib.nullcontext()
-_sending: ContextVar[bool] = ContextVar("dspy_resilient_sending", default=False)
+_sending: ContextVar[Attempt | None] = ContextVar("dspy_resilient_sending", default=None)
 
 
 def is_sending() -> bool:
     """Whether the caller runs inside an attempt of ours, and so may not wait for a flight."""
-    return _sending.get()
+    attempt = _sending.get()
+    return attempt is not None and not attempt.ended  # Ctrl-C may have struck before the reset
 
 
 def called_by_adapter(lm: object, messages: object) -> bool:
@@ -70,6 +71,7 @@ class Attempt:
         call: Which call it belongs to.
         limit: Seconds it may take (what is left until the deadline), or inf.
         emitted: Whether a chunk has reached the consumer of a stream.
+        ended: Whether its caller knows what has come of it.
         seconds: How long it took, once it has ended.
     """
 
@@ -94,6 +96,7 @@ class Attempt:
         self.limit = call.left(self._started)
         self._stream: WatchedStream | None = None
         self._record: dict[str, Any] | None = None
+        self.ended = False
         self._verdict: Verdict | None = None
         self._reported = False
         self._left_behind = False
@@ -151,7 +154,7 @@ class Attempt:
         """Set up what DSPy and LiteLLM are to see during the attempt, and nothing beyond it."""
         lm = self.target.lm
         keywords = {"model": lm.model, **lm.kwargs, **kwargs}
-        token = _sending.set(True)
+        token = _sending.set(self)
         try:
             connections = self.target.runtime.connections
             by_keywords = self._by_keywords(args)
@@ -219,6 +222,7 @@ class Attempt:
 
     def succeed(self) -> None:
         """Report the answer to circuit, gate and limits."""
+        self.ended = True
         self.seconds = self._clock() - self._started
         self._admission.answered()
         self._passage.answered()
@@ -230,6 +234,7 @@ class Attempt:
 
         What a stream's consumer has seen is not said again by anybody (R14).
         """
+        self.ended = True
         verdict = self._settle(error, None)
         if self.emitted:
             return dataclasses.replace(verdict, retry=False, next_target=False, special=False)

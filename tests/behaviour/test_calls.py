@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 
@@ -19,6 +20,7 @@ from dspy_resilient import (
     ResilientLM,
     RetryPolicy,
     ThrottledError,
+    attempt,
 )
 from dspy_resilient.events import FlightJoined
 from dspy_resilient.testing import Hang, Hold, Provider, Status, rate_limited
@@ -497,3 +499,22 @@ def test_resilient_lm_is_a_dspy_lm(make):
     assert lm.kwargs["max_tokens"] == 100
     assert lm.num_retries == 3
     assert lm.engine == "litellm"
+
+
+def test_an_attempt_that_has_ended_keeps_nobody_from_waiting(make):
+    """Ctrl-C may strike before the mark of an attempt is taken back; it means nothing then (R44)."""
+    lm, ended = make(), []
+
+    def mark():
+        attempt._sending.set(ended[0])
+        return attempt.is_sending()
+
+    real = attempt.Attempt.succeed
+    try:
+        attempt.Attempt.succeed = lambda self, *args: (ended.append(self), real(self, *args))[1]
+        lm("q")
+    finally:
+        attempt.Attempt.succeed = real
+    assert contextvars.copy_context().run(mark) is False
+    ended[0].ended = False
+    assert contextvars.copy_context().run(mark) is True
