@@ -70,7 +70,7 @@ def test_no_handler_is_installed(found):
 
 
 def test_imports_point_one_way():
-    """The contracts of pyproject.toml hold: layers, and what the call page may know (section 13)."""
+    """The contracts of pyproject.toml hold: layers, and what the call page may know (R10)."""
     pytest.importorskip("importlinter")
     code = (
         "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
