@@ -39,13 +39,27 @@ except ImportError:  # DSPy 3.5 has no such calls any more
 
 _ASYNC = {"__call__": "acall", "generate": "agenerate"}
 _NOTHING = contextlib.nullcontext()
-_sending: ContextVar[Attempt | None] = ContextVar("dspy_resilient_sending", default=None)
+
+
+class _Sending:
+    """Marks a context as inside an attempt, until that has ended.
+
+    Not the attempt itself: connections and timers keep copies of the context they were made in.
+    """
+
+    __slots__ = ("ended",)
+
+    def __init__(self) -> None:
+        self.ended = False
+
+
+_sending: ContextVar[_Sending | None] = ContextVar("dspy_resilient_sending", default=None)
 
 
 def is_sending() -> bool:
     """Whether the caller runs inside an attempt of ours, and so may not wait for a flight."""
-    attempt = _sending.get()
-    return attempt is not None and not attempt.ended  # Ctrl-C may have struck before the reset
+    mark = _sending.get()
+    return mark is not None and not mark.ended  # Ctrl-C may strike before the mark is taken back
 
 
 def called_by_adapter(lm: object, messages: object) -> bool:
@@ -71,7 +85,6 @@ class Attempt:
         call: Which call it belongs to.
         limit: Seconds it may take (what is left until the deadline), or inf.
         emitted: Whether a chunk has reached the consumer of a stream.
-        ended: Whether its caller knows what has come of it.
         seconds: How long it took, once it has ended.
     """
 
@@ -96,7 +109,7 @@ class Attempt:
         self.limit = call.left(self._started)
         self._stream: WatchedStream | None = None
         self._record: dict[str, Any] | None = None
-        self.ended = False
+        self._mark = _Sending()
         self._verdict: Verdict | None = None
         self._reported = False
         self._left_behind = False
@@ -154,7 +167,7 @@ class Attempt:
         """Set up what DSPy and LiteLLM are to see during the attempt, and nothing beyond it."""
         lm = self.target.lm
         keywords = {"model": lm.model, **lm.kwargs, **kwargs}
-        token = _sending.set(self)
+        token = _sending.set(self._mark)
         try:
             connections = self.target.runtime.connections
             by_keywords = self._by_keywords(args)
@@ -222,7 +235,7 @@ class Attempt:
 
     def succeed(self) -> None:
         """Report the answer to circuit, gate and limits."""
-        self.ended = True
+        self._mark.ended = True
         self.seconds = self._clock() - self._started
         self._admission.answered()
         self._passage.answered()
@@ -234,7 +247,7 @@ class Attempt:
 
         What a stream's consumer has seen is not said again by anybody (R14).
         """
-        self.ended = True
+        self._mark.ended = True
         verdict = self._settle(error, None)
         if self.emitted:
             return dataclasses.replace(verdict, retry=False, next_target=False, special=False)
