@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -54,8 +55,14 @@ def test_a_suite_of_ones_own(tmp_path):
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["dspy_resilient.testing.fixtures"]\n')
     (tmp_path / "test_mine.py").write_text(SUITE)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     done = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, check=False, cwd=tmp_path
+        [*command, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
     )
     assert "4 passed" in done.stdout, done.stdout
 
