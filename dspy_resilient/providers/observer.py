@@ -56,7 +56,7 @@ class Sighting:
             gets round to it, on a thread of its own.)
     """
 
-    __slots__ = ("call_id", "client", "on_failure")
+    __slots__ = ("__weakref__", "call_id", "client", "on_failure")
 
     def __init__(self, call_id: str, on_failure: OnFailure, client: object = None) -> None:
         self.call_id = call_id
@@ -123,7 +123,8 @@ class _Observer:
         """Forget all attempts, as a forked child must: nobody runs them there."""
         self.hook.renew()
         self._changing = threading.Lock()
-        self._sightings: dict[str, Sighting] = {}
+        # Weakly: Ctrl-C may strike before its watcher can close a sighting.
+        self._sightings: weakref.WeakValueDictionary[str, Sighting] = weakref.WeakValueDictionary()
         self._series = str(uuid.uuid4())[:-12]  # one random UUID, whose last digits count
         self._numbers = itertools.count()
 

@@ -408,6 +408,15 @@ def test_two_hundred_event_loops_leave_nothing(provider):
     assert observer._observer._sightings == {}
 
 
+def test_a_sighting_that_nobody_closed_goes_with_its_watcher():
+    """Ctrl-C may strike between the two; what is left must not keep the client (R30)."""
+    sighting = providers.observe([].append)
+    assert list(observer._observer._sightings.values()) == [sighting]
+    del sighting
+    gc.collect()
+    assert observer._observer._sightings == {}
+
+
 def test_every_thread_hears_its_own_failures(provider):
     """Sixteen threads, one provider that answers and one that fails: nothing is mixed up (R30)."""
 
