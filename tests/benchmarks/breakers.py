@@ -2,13 +2,15 @@
 
     python tests/benchmarks/breakers.py
 
-Each is used as its documentation shows, on one thread, taking turns; medians. A refusal includes
-raising and catching the package's error.
+Each is used as its documentation shows, by one thread and by eight at once on one breaker, taking
+turns; medians. Of eight threads the time of all is divided by the calls of all. A refusal includes
+raising and catching the package's error. The ratios are to the package named first.
 """
 
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 
 import circuitbreaker
@@ -19,6 +21,8 @@ import pybreaker
 from dspy_resilient import CircuitBreaker, CircuitPolicy
 
 ROUNDS, TIMES = 41, 2000
+CROWD = 8
+CROWD_ROUNDS, CROWD_TIMES = 15, 4000  # so many that the threads cut into each other's calls
 
 
 def answer():
@@ -96,32 +100,67 @@ CANDIDATES = {
 
 
 def nanoseconds(call):
+    begun, ended = _repeat(call, TIMES)
+    return (ended - begun) / TIMES * 1e9
+
+
+def nanoseconds_of_a_crowd(call):
+    together, spans = threading.Barrier(CROWD), []
+
+    def work():
+        together.wait()
+        spans.append(_repeat(call, CROWD_TIMES))
+
+    threads = [threading.Thread(target=work) for _ in range(CROWD)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    begun, ended = zip(*spans, strict=True)
+    return (max(ended) - min(begun)) / (CROWD * CROWD_TIMES) * 1e9
+
+
+def _repeat(call, times):
     begun = time.perf_counter()
-    for _ in range(TIMES):
+    for _ in range(times):
         try:
             call()
         except Exception:
             pass
-    return (time.perf_counter() - begun) / TIMES * 1e9
+    return begun, time.perf_counter()
 
 
 def peers():
-    """Return the nanoseconds of a call let through and of one refused, by package."""
+    """Return the nanoseconds of a call let through, of one among eight threads, and of one refused.
+
+    By package, each with its ratio to the first package's.
+    """
     built = {name: build() for name, build in CANDIDATES.items()}
-    closed = _medians(built)
+    columns = {
+        "closed": _medians(built, nanoseconds, ROUNDS),
+        "closed, 8 threads": _medians(built, nanoseconds_of_a_crowd, CROWD_ROUNDS),
+    }
     for name, (call, trip) in built.items():
         trip()
         if "permits" not in name:
             _must_refuse(name, call)
-    opened = _medians(built)
-    return {name: {"closed": closed[name], "open": opened[name]} for name in built}
+    columns["open"] = _medians(built, nanoseconds, ROUNDS)
+    return {name: _row(columns, name) for name in built}
 
 
-def _medians(built):
+def _row(columns, name):
+    row = {}
+    for column, times in columns.items():
+        row[column] = times[name]
+        row[f"{column}, ratio"] = times[name] / next(iter(times.values()))
+    return row
+
+
+def _medians(built, measure, rounds):
     taken = {name: [] for name in built}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, (call, _) in built.items():
-            taken[name].append(nanoseconds(call))
+            taken[name].append(measure(call))
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
@@ -133,6 +172,13 @@ def _must_refuse(name, call):
     raise AssertionError(f"{name} let a call through when it should have been open")
 
 
+def cells(row):
+    """Yield the figures of a row for people: nanoseconds, and the ratio to the first package's."""
+    for column in ("closed", "closed, 8 threads", "open"):
+        yield f"{row[column]:,.0f} ns ({row[f'{column}, ratio']:.2f})"
+
+
 if __name__ == "__main__":
+    print(f"{'':34}{'closed':>18}{'by 8 threads':>18}{'open':>18}")
     for name, row in peers().items():
-        print(f"{name:34} closed {row['closed']:8,.0f} ns   open {row['open']:8,.0f} ns")
+        print(f"{name:34}" + "".join(f"{cell:>18}" for cell in cells(row)))
