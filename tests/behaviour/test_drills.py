@@ -32,9 +32,9 @@ LASTING = CircuitPolicy(failure_threshold=3, recovery_time=30.0, jitter=0.0)
 QUESTIONS = [f"question {number}" for number in range(12)]
 
 
-@pytest.fixture(params=["sync", "async"])
+@pytest.fixture(params=["threads", "tasks", "both"])
 def ask_all(request):
-    """Put many questions at once, on threads or on one loop: `ask_all(lm, questions)`."""
+    """Put many questions at once, on threads, on one loop, or half on each: `ask_all(lm, questions)`."""
 
     def on_threads(lm, questions, **options):
         def one(question):
@@ -53,7 +53,13 @@ def ask_all(request):
 
         return asyncio.run(gather())
 
-    return on_threads if request.param == "sync" else on_a_loop
+    def on_both(lm, questions, **options):
+        half = len(questions) // 2
+        with ThreadPoolExecutor(1) as pool:
+            tasks = pool.submit(on_a_loop, lm, questions[half:], **options)
+            return on_threads(lm, questions[:half], **options) + tasks.result()
+
+    return {"threads": on_threads, "tasks": on_a_loop, "both": on_both}[request.param]
 
 
 def outcomes(results):
@@ -110,6 +116,16 @@ def test_crowd_rides_out_an_outage(provider, make, ask_all):
     provider.script(*[Status(503)] * 5)
     assert outcomes(ask_all(lm, QUESTIONS)) == ["Paris"]
     assert provider.count == 12 + 5
+
+
+@pytest.mark.parametrize("engine", ["litellm", "auto", "lm15"])
+def test_each_failure_of_a_crowd_counts_once(provider, make, ask_all, engine):
+    """Reported by LiteLLM, by the caller, or by both: one failed request is one failure (R30, M20)."""
+    policy = CircuitPolicy(failure_threshold=100, min_calls=100)
+    lm = make(engine=engine, circuit=policy, num_retries=0)
+    provider.down("500")
+    assert outcomes(ask_all(lm, QUESTIONS)) == ["LMServerError"]
+    assert lm.circuit.failure_count == lm.stats().failures == provider.count == 12
 
 
 def test_flapping_provider_answers_every_call(provider, make, ask):

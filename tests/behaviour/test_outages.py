@@ -172,6 +172,45 @@ def test_the_price_is_that_of_the_model_that_answered(provider, make, plain, ask
 # All circuits open.
 
 
+@pytest.fixture(params=["threads", "tasks", "both"])
+def all_at_once(request):
+    """Make 30 calls at once, and hand what became of each to `hear`: `all_at_once(lm, hear)`."""
+
+    def on_threads(lm, hear, prompts):
+        barrier = threading.Barrier(len(prompts))
+
+        def body(prompt):
+            barrier.wait()
+            hear(seconds_of(lambda: lm(prompt))[0])
+
+        threads = [threading.Thread(target=body, args=(prompt,)) for prompt in prompts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+
+    def on_a_loop(lm, hear, prompts):
+        async def body(prompt):
+            try:
+                hear(await lm.acall(prompt))
+            except dspy.LMError as error:
+                hear(error)
+
+        async def gather():
+            await asyncio.wait_for(asyncio.gather(*map(body, prompts)), 20)
+
+        asyncio.run(gather())
+
+    def on_both(lm, hear, prompts):
+        tasks = threading.Thread(target=on_a_loop, args=(lm, hear, prompts[::2]))
+        tasks.start()
+        on_threads(lm, hear, prompts[1::2])
+        tasks.join(20)
+
+    call = {"threads": on_threads, "tasks": on_a_loop, "both": on_both}[request.param]
+    return lambda lm, hear: call(lm, hear, [f"q{number}" for number in range(30)])
+
+
 @pytest.fixture
 def opened(chain):
     """A client whose three circuits are open for 60, 40 and 80 s more, on a clock that stands."""
@@ -213,26 +252,20 @@ def test_with_every_circuit_open_one_early_probe_looks(chain, opened, ask):
     assert counts(chain) == [0, 1, 1]
 
 
-def test_a_crowd_sends_one_early_probe(chain, opened):
+def test_a_crowd_sends_one_early_probe(chain, opened, all_at_once):
     """30 callers, three open circuits, one request: nobody else is let through with it (R52)."""
     lm, clock, _ = opened
     clock.advance(FRAGILE.recovery_time)
-    hold = Hold()
+    hold, results = Hold(), []
     for each in chain.providers:
         each.always(hold)
-    barrier, results = threading.Barrier(30), []
 
-    def body(number):
-        barrier.wait()
-        results.append(seconds_of(lambda: lm(f"q{number}"))[0])
+    def hear(result):
+        results.append(result)
         if len(results) == 29:
             hold.release()
 
-    threads = [threading.Thread(target=body, args=(n,)) for n in range(30)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    all_at_once(lm, hear)
     assert counts(chain) == [0, 1, 0]
     assert results.count(["Lyon"]) == 1
     assert sum(isinstance(each, AllTargetsFailedError) for each in results) == 29

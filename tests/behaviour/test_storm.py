@@ -6,6 +6,7 @@ import asyncio
 import threading
 from bisect import bisect_left
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import dspy
 import pytest
@@ -20,8 +21,8 @@ CALLERS = 50
 def storm(request):
     """Let 50 callers call at once; return what each was told."""
 
-    def in_threads(lm):
-        barrier, told = threading.Barrier(CALLERS), []
+    def in_threads(lm, callers=range(CALLERS)):
+        barrier, told = threading.Barrier(len(callers)), []
 
         def call(number):
             barrier.wait()
@@ -30,18 +31,27 @@ def storm(request):
             except dspy.LMError as error:
                 told.append(error)
 
-        threads = [threading.Thread(target=call, args=(n,)) for n in range(CALLERS)]
+        threads = [threading.Thread(target=call, args=(n,)) for n in callers]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(50)
         return told
 
-    async def in_tasks(lm):
-        calls = (lm.acall(f"caller {n}") for n in range(CALLERS))
-        return await asyncio.gather(*calls, return_exceptions=True)
+    def in_tasks(lm, callers=range(CALLERS)):
+        async def gather():
+            calls = (lm.acall(f"caller {n}") for n in callers)
+            return await asyncio.gather(*calls, return_exceptions=True)
 
-    return in_threads if request.param == "threads" else lambda lm: asyncio.run(in_tasks(lm))
+        return asyncio.run(gather())
+
+    def in_both(lm):
+        half = CALLERS // 2
+        with ThreadPoolExecutor(1) as pool:
+            tasks = pool.submit(in_tasks, lm, range(half))
+            return in_threads(lm, range(half, CALLERS)) + tasks.result()
+
+    return {"threads": in_threads, "tasks": in_tasks, "both": in_both}[request.param]
 
 
 def retries_of(provider):
@@ -60,6 +70,7 @@ def worst(times):
     return max((bisect_left(times, at + 0.1) - n for n, at in enumerate(times)), default=0)
 
 
+@pytest.mark.parametrize("storm", ["threads", "tasks", "both"], indirect=True)
 def test_an_outage_is_not_multiplied(provider, make, storm):
     """What was in flight at the opening, the probes, and the budget: nothing more reaches it."""
     events = []

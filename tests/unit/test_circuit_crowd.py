@@ -15,8 +15,9 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
+from circuitbreaker import CircuitBreakerMonitor
 
-from dspy_resilient.circuit import CircuitBreaker
+from dspy_resilient.circuit import CircuitBreaker, ThrottleGate
 from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpened
 from dspy_resilient.policies import CircuitPolicy
 from dspy_resilient.testing import Clock
@@ -178,6 +179,58 @@ def test_neutral_results_neither_count_nor_reset(crowd):
     assert breaker.state == "open"
 
 
+def test_unexpected_exceptions_neither_count_nor_reset(crowd):
+    """The same in the package's form, where only some exceptions are failures (M3)."""
+    breaker = CircuitBreaker(5, expected_exception=ConnectionError)
+    start = Meeting(30)
+
+    def refuse():
+        raise ValueError("400")
+
+    def lose():
+        raise ConnectionError
+
+    def caller(number):
+        yield start.join()
+        for _ in range(10):
+            with pytest.raises(ValueError, match="400"):
+                breaker.call(refuse)
+        if number % 8 == 0:
+            with pytest.raises(ConnectionError):
+                breaker.call(lose)
+
+    crowd([caller(number) for number in range(30)])
+    assert (breaker.state, breaker.failure_count) == ("closed", 4)
+
+
+def test_namesakes_built_at_once_are_all_found(crowd):
+    """However many take one name at once, none hides another in the monitor (R20, M7)."""
+    start = Meeting(30)
+
+    def caller():
+        yield start.join()
+        return CircuitBreaker(CircuitPolicy(), name="namesake")
+
+    breakers = crowd([caller() for _ in range(30)])
+    assert len({breaker.name for breaker in breakers}) == 30
+    assert all(CircuitBreakerMonitor.get(breaker.name) == breaker for breaker in breakers)
+
+
+def test_longest_pause_that_a_crowd_is_told_holds(crowd, clock):
+    """Of 429s that arrive at once, none shortens what another has asked for (R28)."""
+    gate = ThrottleGate(clock=clock)
+    passes = [gate.admit() for _ in range(30)]
+    start = Meeting(30)
+
+    def caller(number):
+        yield start.join()
+        hint = 1.0 + number * 7 % 30
+        return passes[number].throttled(hint) >= hint
+
+    assert all(crowd([caller(number) for number in range(30)]))
+    assert gate.wait_time() == gate.hint == 30
+
+
 def test_one_permit_reported_by_many_counts_once(crowd):
     """Whoever reports first wins, on whatever thread (R21)."""
     breaker = CircuitBreaker(CircuitPolicy())
@@ -219,6 +272,45 @@ def test_results_from_before_the_trip_change_nothing(crowd, clock):
 
 
 # Probes that come to nothing
+
+
+@pytest.mark.parametrize("end", ["cancelled", "interrupted", "unreported", "abandoned", "lost"])
+def test_probe_that_comes_to_nothing_leaves_its_place_to_the_next(crowd, half_open, clock, end):
+    """Wherever probes end without a verdict, the next may go, wherever that is (R24, M2, M8, M10, M11, M13)."""
+    breaker = half_open(probe_lease=60.0)
+    turns = [Future() for _ in range(31)]
+    turns[0].set_result(None)
+
+    @breaker
+    def items():
+        yield 1
+        yield 2
+
+    def probe():
+        match end:
+            case "unreported":
+                with breaker.admit():
+                    pass
+            case "abandoned":
+                running = items()
+                next(running)
+                running.close()
+            case "lost":
+                breaker.admit()
+                clock.advance(60)
+            case _:
+                error = asyncio.CancelledError if end == "cancelled" else KeyboardInterrupt
+                with pytest.raises(error), breaker:
+                    raise error
+
+    def caller(number):
+        yield turns[number]
+        probe()
+        found = breaker.state, breaker.wait_time(), breaker.failure_count
+        turns[number + 1].set_result(None)
+        return found
+
+    assert crowd([caller(number) for number in range(30)]) == [("half_open", 0, 0)] * 30
 
 
 def test_interrupted_probe_leaves_half_open(half_open):
