@@ -65,16 +65,16 @@ def clear_the_way(call: Call, client: Runtime, turn: Turn, route: Route) -> Step
 def _admit(call: Call, client: Runtime, turn: Turn, route: Route) -> Steps[Admission | None]:
     """Ask the circuit; what is shared, and known from too long ago, first asks the store."""
     lease, early = turn.target.timeout(call) or 0.0, turn.early
-    if route.shared is None and route.shared_gate is None:
+    if not route.links:
         return route.admit(lease, early=early)
     consulting = (
         nullcontext() if route.shared is None else route.shared.consulting(lease, early=early)
     )
     with consulting as news_of_circuit:
-        news_of_gate = route.shared_gate.question() if route.shared_gate is not None else None
+        questions = [(link, link.question()) for link in route.links]
         since = client.clock()
-        for link, news in ((route.shared_gate, news_of_gate), (route.shared, news_of_circuit)):
-            if link is not None and news is not None:  # both are under way: it is one wait
+        for link, news in (*questions, (route.shared, news_of_circuit)):
+            if link is not None and news is not None:  # all are under way: it is one wait
                 now = client.clock()
                 patience = min(link.patience - (now - since), call.left(now))
                 if not (yield Wait(news, max(0.0, patience))):

@@ -19,7 +19,6 @@ import cachetools
 from dspy_resilient import providers
 from dspy_resilient.circuit import CircuitState, Kind, Outcome, classify, redacted
 from dspy_resilient.fork import renew_after_fork
-from dspy_resilient.limits import RetryBudget
 from dspy_resilient.observe.latency import duration
 from dspy_resilient.redact import redact
 from dspy_resilient.supervision import Supervisor
@@ -27,9 +26,10 @@ from dspy_resilient.supervision import Supervisor
 if TYPE_CHECKING:
     from dspy_resilient.circuit import CircuitBreaker, Permit, Verdict
     from dspy_resilient.errors import CircuitOpenError
+    from dspy_resilient.limits import RetryBudget
     from dspy_resilient.runtime import Runtime
     from dspy_resilient.shared.circuit import SharedCircuit
-    from dspy_resilient.shared.gate import SharedGate
+    from dspy_resilient.shared.courier import Link
 
 _AUTH_FAILURES = 3
 
@@ -101,7 +101,8 @@ class Route:
         self.access: CircuitBreaker | None = None
         self.shared = cast("SharedCircuit", circuit) if runtime.fleet is not None else None
         self.gate = gate = runtime.new_gate(label, way, api_key)
-        self.shared_gate = cast("SharedGate", gate) if runtime.fleet is not None else None
+        shares = runtime.fleet is not None
+        self.links = cast("tuple[Link[Any, Any], ...]", (gate, budget) if shares else ())
         self.limiter = runtime.new_limiter(label)
         self._runtime = runtime
         if circuit is not None and circuit.policy.listen == "provider":
@@ -256,7 +257,7 @@ class Routes:
             circuit = self._shared
             if circuit is None and runtime.circuit_policy is not None:
                 circuit = runtime.new_circuit(label_of(way), way)
-            self._ways[way] = circuit, RetryBudget(runtime.retry.budget)
+            self._ways[way] = circuit, runtime.new_budget(way)
         circuit, budget = self._ways[way]
         return Route(self._runtime, way, api_key, circuit, budget)
 

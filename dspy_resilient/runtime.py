@@ -20,7 +20,7 @@ from dspy_resilient.circuit import CircuitBreaker, EarlyProbes, ThrottleGate
 from dspy_resilient.clerk import Clerk
 from dspy_resilient.errors import ClientClosedError
 from dspy_resilient.events import ClientRestarted, Event, Hub, WaitStarted, logger, printable
-from dspy_resilient.limits import Limiter
+from dspy_resilient.limits import Limiter, RetryBudget
 from dspy_resilient.observe import LastMinute, Stats, Tally
 from dspy_resilient.observe.latency import duration
 from dspy_resilient.route import Routes
@@ -148,6 +148,11 @@ class Runtime:
         is_lasting = api_key is None or isinstance(api_key, str)
         credential = tenant_of(api_key) if is_lasting else uuid.uuid4().hex
         return self.fleet.gate(way, credential, **facts)
+
+    def new_budget(self, way: tuple[str, str, str]) -> RetryBudget:
+        """Return a full retry budget for `way`, shared where anything is."""
+        tokens = self.retry.budget
+        return RetryBudget(tokens) if self.fleet is None else self.fleet.budget(way, tokens)
 
     def begin(self, what: str) -> float:
         """Count a call or an attempt that begins, and return the clock's reading."""

@@ -57,4 +57,4 @@ class RetryBudget:
 
     def renew(self) -> None:
         """Replace the lock (after a fork); the level stays."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()

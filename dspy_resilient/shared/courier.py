@@ -183,6 +183,18 @@ class Link(ABC, Generic[Request, Reply]):
             return False
         return now >= self._try_at if self.alone else now - self._heard_at >= VIEW_AGE
 
+    def question(self) -> Future[bool] | None:
+        """Return what to wait for, if anything, before acting on what is known here."""
+        if self.alone:
+            if self.is_old:
+                self.ask()
+            return None
+        age = self._courier.clock() - self._heard_at
+        if age < VIEW_AGE / 2:
+            return None
+        answer = self.ask()
+        return answer if age >= VIEW_AGE else None
+
     def ask(self) -> Future[bool]:
         """Have the courier go; the future is resolved when the answer, or a fault, is in."""
         with self._lock:

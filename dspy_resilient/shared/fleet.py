@@ -12,6 +12,7 @@ import hmac
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from dspy_resilient.shared.budget import SharedBudget
 from dspy_resilient.shared.circuit import SharedCircuit
 from dspy_resilient.shared.courier import Courier
 from dspy_resilient.shared.gate import SharedGate
@@ -88,6 +89,10 @@ class Fleet:
     def gate(self, way: tuple[str, str, str], credential: str, **facts: Any) -> SharedGate:
         """Return the throttle gate of one credential on one way to a provider."""
         return SharedGate(self._courier, self._key(way, "throttle", credential), **facts)
+
+    def budget(self, way: tuple[str, str, str], tokens: int) -> SharedBudget:
+        """Return the retry budget of one way to a provider."""
+        return SharedBudget(self._courier, self._key(way, "budget"), tokens)
 
     def close(self) -> None:
         """Close the connections that were opened for this client."""

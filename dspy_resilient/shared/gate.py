@@ -10,12 +10,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dspy_resilient.circuit import GatePass, ThrottleGate
-from dspy_resilient.shared.courier import VIEW_AGE, Courier, Link
+from dspy_resilient.shared.courier import Courier, Link
 from dspy_resilient.shared.store import ThrottleReport, ThrottleView
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from dspy_resilient.shared.store import Store
 
 
@@ -39,18 +37,6 @@ class SharedGate(Link[ThrottleReport, ThrottleView], ThrottleGate):
         """Make the gate usable in a forked child, where its callers do not exist."""
         super().renew()
         self._begin(self._courier)
-
-    def question(self) -> Future[bool] | None:
-        """Return what to wait for, if anything, before a pass that was given is relied on."""
-        if self.alone:
-            if self.is_old:
-                self.ask()
-            return None
-        age = self._clock() - self._heard_at
-        if age < VIEW_AGE / 2:
-            return None
-        answer = self.ask()
-        return answer if age >= VIEW_AGE else None
 
     def wants_news(self) -> bool:
         """Whether the store has not heard everything."""

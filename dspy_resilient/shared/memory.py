@@ -17,13 +17,18 @@ from dspy_resilient.circuit import CircuitState, Outcome
 from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.circuit.waiting import Places, Signals
 from dspy_resilient.fork import renew_after_fork
-from dspy_resilient.shared.store import KEPT, CircuitView, ThrottleView
+from dspy_resilient.shared.store import KEPT, BudgetView, CircuitView, ThrottleView
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dspy_resilient.policies import CircuitPolicy
-    from dspy_resilient.shared.store import CircuitReport, CircuitVerdict, ThrottleReport
+    from dspy_resilient.shared.store import (
+        BudgetReport,
+        CircuitReport,
+        CircuitVerdict,
+        ThrottleReport,
+    )
 
 _MOST = 65_536
 
@@ -64,6 +69,15 @@ class MemoryStore:
             now = self._clock()
             gate = self._kept[key] = self._kept.get(key) or _Gate()
             return gate.hear(now, report)
+
+    def budget(self, key: str, report: BudgetReport) -> BudgetView:
+        """Answer `Store.budget`."""
+        with self._lock:
+            before = self._kept.get(key, report.believed)
+            most = max(report.most, before)  # others may have a larger budget
+            spent = max(report.least, min(before + report.net, most))
+            self._kept[key] = spent
+            return BudgetView(at=self._clock(), spent=spent)
 
 
 class _Circuit:

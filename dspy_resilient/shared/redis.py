@@ -17,13 +17,19 @@ from typing import TYPE_CHECKING, Any
 from dspy_resilient.circuit import CircuitState
 from dspy_resilient.circuit.machine import steps_to_longest
 from dspy_resilient.redact import redact
-from dspy_resilient.shared.store import KEPT, CircuitView, StoreAnswerError, ThrottleView
+from dspy_resilient.shared.store import (
+    KEPT,
+    BudgetView,
+    CircuitView,
+    StoreAnswerError,
+    ThrottleView,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dspy_resilient.policies import CircuitPolicy
-    from dspy_resilient.shared.store import CircuitReport, ThrottleReport
+    from dspy_resilient.shared.store import BudgetReport, CircuitReport, ThrottleReport
 
 _SOCKET_SECONDS = 1.0
 _OF_THE_CIRCUIT = (
@@ -52,6 +58,7 @@ class _Script:
 
 _CIRCUIT = _Script("circuit.lua")
 _THROTTLE = _Script("throttle.lua")
+_BUDGET = _Script("budget.lua")
 
 
 class RedisStore:
@@ -138,6 +145,14 @@ class RedisStore:
             )
         except (KeyError, TypeError, ValueError):
             raise StoreAnswerError("the store's answer is no throttle gate") from None
+
+    def budget(self, key: str, report: BudgetReport) -> BudgetView:
+        """Answer `Store.budget`."""
+        answer = self._run(_BUDGET, key, dataclasses.asdict(report), KEPT)
+        try:
+            return BudgetView(at=float(answer["at"]), spent=_whole(answer["spent"]))
+        except (KeyError, TypeError, ValueError):
+            raise StoreAnswerError("the store's answer is no retry budget") from None
 
     def _run(self, script: _Script, key: str, request: dict[str, Any], kept: float) -> Any:
         argument, milliseconds = json.dumps(request, allow_nan=False), math.ceil(kept * 1000)

@@ -145,6 +145,36 @@ class ThrottleView:
     longer: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetReport:
+    """What a client has done to a retry budget since it last said so: spend, and give back.
+
+    Attributes:
+        net: Tokens spent, less those given back.
+        least: How many are spent after that at least: nothing is given back to a full budget.
+        most: How many there are in all.
+        believed: How many it believed to be spent before that.
+    """
+
+    net: int = 0
+    least: int = 0
+    most: int
+    believed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetView:
+    """How a retry budget stands once a report has been heard.
+
+    Attributes:
+        at: The store's clock.
+        spent: Tokens that are spent.
+    """
+
+    at: float
+    spent: int
+
+
 @runtime_checkable
 class Store(Protocol):
     """State that several clients have in common. Verbs may block; any exception is a fault.
@@ -171,6 +201,14 @@ class Store(Protocol):
         """Hear `report` about the throttle gate `key`, and return how it stands.
 
         The latest end that anybody has reported counts, whatever the order of the reports (R28).
+        """
+        ...
+
+    def budget(self, key: str, report: BudgetReport) -> BudgetView:
+        """Hear `report` about the retry budget `key`, and return how it stands (R50).
+
+        What was done in one place after the other counts as done so, between 0 and `most`. A store
+        that knows nothing of it (any more) begins with what the client believed.
         """
         ...
 
