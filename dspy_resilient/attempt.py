@@ -180,7 +180,8 @@ class Attempt:
                 finally:
                     del twin.update_history  # it holds the twin and the attempt in a cycle
         finally:
-            _sending.reset(token)
+            with contextlib.suppress(ValueError):  # the collector ends it in another context
+                _sending.reset(token)
 
     def _by_keywords(self, args: tuple[Any, ...]) -> bool:
         """Whether LiteLLM sees the keywords of this attempt: not through another engine."""

@@ -19,6 +19,7 @@ from dspy_resilient.errors import (
 )
 from dspy_resilient.events import CallRejected
 from dspy_resilient.steps import Wait
+from dspy_resilient.underway import end_stranded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +41,7 @@ def clear_the_way(call: Call, client: Runtime, turn: Turn, route: Route) -> Step
     target = turn.target
     check_deadline(call, client)  # a wait may have taken longer than it was to
     client.under_way.check()
+    end_stranded()  # what they hold may be what this call needs
     refusal = target.routes.supervisor.refusal()
     if refusal is not None:
         raise rejected(client, route, refusal)

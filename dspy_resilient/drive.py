@@ -11,13 +11,17 @@ import concurrent.futures
 import contextvars
 import math
 import threading
-from contextlib import closing, suppress
+import time
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dspy_resilient import providers
 from dspy_resilient.steps import Disk, Prepare, Wait
+from dspy_resilient.underway import end_stranded
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer
     from dspy_resilient.steps import Steps
@@ -34,6 +38,7 @@ def on_a_loop() -> bool:
 _LONGEST_WAIT = threading.TIMEOUT_MAX
 _PATIENCE_WITH_A_DISK = 5.0  # seconds, after which the answer is not there, or not kept
 _UNWINDING = 5.0
+_LOOK_AROUND = 0.5  # seconds after which a call that waits sees whether others can still go on
 
 
 def run(steps: Steps[T], running: Running) -> T:
@@ -59,6 +64,7 @@ async def arun(steps: Steps[T], running: Running) -> T:
     """Drive `steps` to the end on the running loop and return its result, as `run` does."""
     resume: Any = steps.send
     value: Any = None
+    running.depend_on(asyncio.get_running_loop(), steps)
     with closing(steps):  # Ctrl-C may strike in here, and its traceback would keep them open
         while True:
             try:
@@ -113,8 +119,11 @@ def _wait(step: Wait, running: Running) -> Any:
     woken = threading.Event()
     if step.future is not None:
         step.future.add_done_callback(lambda _: woken.set())
+    until = time.monotonic() + step.seconds
     with running.ended_by(woken.set):
-        woken.wait(None if step.seconds > _LONGEST_WAIT else max(step.seconds, 0.0))
+        while not woken.is_set() and (left := until - time.monotonic()) > 0:
+            end_stranded()
+            woken.wait(min(left, _LOOK_AROUND))
     running.calls.check()
     return step.future.result() if step.future is not None and step.future.done() else None
 
@@ -129,11 +138,28 @@ async def _await(step: Wait, running: Running) -> Any:
 
     if step.future is not None:
         step.future.add_done_callback(wake)
-    with suppress(TimeoutError), running.ended_by(wake):
+    with suppress(TimeoutError), running.ended_by(wake), _looking_around(loop):
         async with asyncio.timeout(None if math.isinf(step.seconds) else step.seconds):
             await woken.wait()
     running.calls.check()
     return step.future.result() if step.future is not None and step.future.done() else None
+
+
+@contextmanager
+def _looking_around(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Look for stranded calls while a task waits, without waking it."""
+    again: asyncio.Handle
+
+    def look() -> None:
+        nonlocal again
+        end_stranded()
+        again = loop.call_later(_LOOK_AROUND, look)
+
+    again = loop.call_soon(look)
+    try:
+        yield
+    finally:
+        again.cancel()
 
 
 async def _attempt(attempt: Attempt) -> Answer:

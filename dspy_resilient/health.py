@@ -52,6 +52,7 @@ class Health:
 
 def health_of(runtime: Runtime, model: str, route: Route) -> Health:
     """Return the health of the client whose primary takes `route`."""
+    runtime.under_way.end_stranded()
     left_alone = runtime.routes.supervisor.wait_time()
     refused = route.wait_time()
     wait = left_alone or refused

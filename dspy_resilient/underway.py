@@ -2,20 +2,34 @@
 
 A client that is being closed lets its calls finish for a while and then ends what is left. A call
 is ended in the step it is in, so that it leaves nothing behind: its driver says, for each step that
-takes time, what would end it. This module ends nothing by itself and waits for nothing.
+takes time, what would end it. A call is stranded when its event loop was closed under it: nothing
+will ever go on with it, nor give back what it holds. Since its steps wait for nothing, they can be
+closed from anywhere; whoever waits for something looks for such calls now and then. This module
+waits for nothing.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
+from weakref import WeakValueDictionary
 
 from dspy_resilient.errors import ClientClosedError
 from dspy_resilient.fork import renew_after_fork
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
+
+
+class Loop(Protocol):
+    """What has to be known of an event loop."""
+
+    def is_closed(self) -> bool:
+        """Whether nothing will run on it any more."""
+        ...
 
 
 class UnderWay:
@@ -38,6 +52,7 @@ class UnderWay:
         self._client = client
         self.renew()
         renew_after_fork(self)
+        _lookout.watch(self)
 
     def renew(self) -> None:
         """Forget, in a forked child, what only its parent has under way."""
@@ -54,6 +69,7 @@ class UnderWay:
 
     def idle(self) -> Future[None]:
         """Return a future that is done once no call is under way. Nobody must begin one any more."""
+        self.end_stranded()
         idle = self._idle
         if idle is None:
             idle = self._idle = Future()
@@ -66,6 +82,12 @@ class UnderWay:
         self.ended = True
         for each in list(self._running):
             each.end()
+
+    def end_stranded(self) -> None:
+        """End the calls whose event loop was closed under them."""
+        for each in list(self._running):
+            if each.is_stranded:
+                each.end()
 
     def check(self) -> None:
         """Raise ClientClosedError if the calls have been told to end."""
@@ -95,12 +117,14 @@ class UnderWay:
 class Running:
     """One call under way."""
 
-    __slots__ = ("_end", "calls")
+    __slots__ = ("_end", "_loop", "_steps", "calls")
 
     def __init__(self, calls: UnderWay) -> None:
         """Belong to `calls`, which alone makes them."""
         self.calls = calls
         self._end: Callable[[], object] | None = None
+        self._loop: Loop | None = None
+        self._steps: Generator[Any, Any, Any] | None = None
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -110,6 +134,16 @@ class Running:
     def __exit__(self, *_: object) -> None:
         """End."""
         self.calls.discard(self)
+
+    def depend_on(self, loop: Loop, steps: Generator[Any, Any, Any]) -> None:
+        """Note that only `loop` goes on with `steps`."""
+        self._loop = loop
+        self._steps = steps
+
+    @property
+    def is_stranded(self) -> bool:
+        """Whether nothing will ever go on with this call."""
+        return self._loop is not None and self._loop.is_closed()
 
     @contextmanager
     def ended_by(self, end: Callable[[], object]) -> Iterator[None]:
@@ -122,8 +156,54 @@ class Running:
             self._end = None
 
     def end(self) -> None:
-        """Break off what is being done."""
-        end = self._end
-        if end is not None:
-            with suppress(RuntimeError):  # its event loop is closed: nothing is being done there
+        """Break off what is being done; a stranded call gives back, on this thread, what it holds."""
+        end, steps = self._end, self._steps
+        if self.is_stranded:
+            assert steps is not None
+            with suppress(Exception):  # such as another thread's doing the same
+                steps.close()
+            self.calls.discard(self)
+        elif end is not None:
+            with suppress(RuntimeError):  # its event loop has been closed just now
                 end()
+
+
+class _Lookout:
+    """The calls of all clients of the process, who may hold things that others wait for.
+
+    Clients lend each other targets, circuits and limits, and an event loop belongs to no client.
+    """
+
+    _EVERY = 0.25
+    """Seconds in which a crowd of waiters looks once."""
+
+    def __init__(self) -> None:
+        self._clients: WeakValueDictionary[int, UnderWay] = WeakValueDictionary()
+        self._numbers = itertools.count()
+        self._due = 0.0
+
+    def watch(self, calls: UnderWay) -> None:
+        """Look at `calls` too, for as long as they are."""
+        self._clients[next(self._numbers)] = calls
+
+    def look(self) -> None:
+        """End what is stranded, unless somebody has just done so."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + self._EVERY
+        for reference in self._clients.valuerefs():
+            calls = reference()
+            if calls is not None:
+                calls.end_stranded()
+
+
+_lookout = _Lookout()
+
+
+def end_stranded() -> None:
+    """End the calls, of whatever client, whose event loop was closed under them.
+
+    Looks at most four times a second, however often it is called. Never waits or raises.
+    """
+    _lookout.look()

@@ -78,7 +78,9 @@ def abandon(http: HttpClient) -> None:
     connections = list(_connections(http))
     for transport in _transports(http):
         with contextlib.suppress(Exception):
-            _connector(transport)._close()  # noqa: SLF001  # `close()` is for loops that run
+            connector = _connector(transport)
+            connector._close()  # noqa: SLF001  # `close()` is for loops that run
+            connector._acquired_per_host.clear()  # noqa: SLF001  # it leads back to who waits
     for connection in connections:
         _drop(connection)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
@@ -154,11 +155,12 @@ class Use:
         if self._over:
             return
         self._over = True
-        _using.reset(self._token)
         for leased in self._leased:
             leased.users.discard(self)
             if leased.is_retired and not leased.users:
                 leased.close()
+        with suppress(ValueError):  # the collector ends it in another context
+            _using.reset(self._token)
 
 
 def count_uses(cache: Any) -> None:

@@ -18,7 +18,7 @@ import types
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -250,9 +250,10 @@ def watch(
     finally:
         if use is not None:
             use.end()
-        if token is not None:
-            _untagged.reset(token)
         sighting.close()
+        if token is not None:
+            with suppress(ValueError):  # the collector ends it in another context
+                _untagged.reset(token)
 
 
 def subscribe(

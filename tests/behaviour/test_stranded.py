@@ -1,0 +1,194 @@
+"""Calls whose event loop is closed under them, as notebooks and test frameworks do.
+
+Nothing will ever go on with such a call, and its task may be held by somebody for good: what it
+holds comes back all the same, within half a second of anybody's needing it (R8, R24, R44, R53).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dspy_resilient import LimitPolicy, providers
+from dspy_resilient.testing import Hold, rate_limited
+
+PATIENCE = 20.0
+"""Seconds for what takes one on a quiet machine."""
+SOON = 0.3
+"""Seconds after which who would be refused finds no trace of a stranded call."""
+
+pytestmark = [
+    # of what the closed loop leaves to the collector, which ends it in a context that is not its own
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine 'ServiceLogging:RuntimeWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """The tasks, which nobody collects before the end."""
+    tasks = []
+    yield tasks
+    tasks.clear()
+    asyncio.run(providers.tend())  # closes the connections, which hold them too
+    gc.collect()
+
+
+@pytest.fixture
+def strand(provider, kept):
+    """Make calls on a loop and close it under them.
+
+    `strand(lm, "a", "b")` makes one call for each prompt; `requests` of them reach the provider
+    before the loop is closed, which `meanwhile`, if given, precedes.
+    """
+
+    def strand(lm, *prompts, requests=1, meanwhile=lambda: None):
+        loop = asyncio.new_event_loop()
+        tasks = [loop.create_task(lm.acall(each)) for each in prompts]
+        awaited = provider.count + requests
+
+        def are_under_way():
+            return provider.count >= awaited and len(lm._runtime.under_way) >= len(prompts)
+
+        loop.run_until_complete(asyncio.to_thread(wait_until, are_under_way))
+        meanwhile()
+        loop.close()
+        kept.extend(tasks)
+
+    return strand
+
+
+@pytest.fixture
+def waiting(ask):
+    """Begin calls on threads of their own: `waiting(lm, "q")` returns the future of one."""
+    with ThreadPoolExecutor(4) as pool:
+
+        def begin(lm, prompt):
+            under_way = len(lm._runtime.under_way)
+            future = pool.submit(ask, lm, prompt)
+            wait_until(lambda: len(lm._runtime.under_way) > under_way)
+            time.sleep(0.02)  # it joins
+            return future
+
+        yield begin
+
+
+@pytest.fixture
+def hold(provider):
+    """Hold the first request, and answer the others."""
+    hold = Hold()
+    provider.script(hold)
+    yield hold
+    hold.release()
+
+
+def wait_until(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_follower_that_waits_takes_the_lead(provider, make, strand, waiting, hold):
+    """Behind a leader that never runs again, one who waits sends (R44)."""
+    lm = make()
+    followers = []
+    strand(lm, "q", meanwhile=lambda: followers.extend(waiting(lm, "q") for _ in range(2)))
+    assert [each.result(PATIENCE) for each in followers] == [["Paris"]] * 2
+    assert provider.count == 2
+
+
+def test_follower_that_comes_later_takes_the_lead(provider, make, strand, ask, hold):
+    """Nobody comes to wait behind a leader that never runs again (R44)."""
+    lm = make()
+    strand(lm, "q")
+    assert ask(lm, "q") == ["Paris"]
+    assert provider.count == 2
+
+
+def test_lead_is_left_to_no_follower_of_the_same_loop(provider, make, strand, waiting, hold):
+    """The one who has waited longest is as dead as the leader (R44)."""
+    lm = make()
+    followers = []
+    strand(lm, "q", "q", "q", meanwhile=lambda: followers.append(waiting(lm, "q")))
+    assert followers[0].result(PATIENCE) == ["Paris"]
+    assert len(lm._runtime.flights) == 0
+
+
+def test_place_comes_back_to_who_waits_for_it(make, strand, waiting, hold):
+    """Also past those of the same loop who stand in the queue before them (R53)."""
+    lm = make(cache=False, limits=LimitPolicy(max_concurrent=1))
+    behind = []
+    strand(lm, "a", "b", "c", meanwhile=lambda: behind.append(waiting(lm, "d")))
+    assert behind[0].result(PATIENCE) == ["Paris"]
+    limiter = lm._runtime.all_routes()[0].limiter
+    assert (limiter.in_use, limiter.queued) == (0, 0)
+
+
+def test_place_comes_back_to_who_would_be_refused(make, strand, ask, hold):
+    """A queue full of the dead is soon a queue again (R53)."""
+    lm = make(cache=False, limits=LimitPolicy(max_concurrent=1, max_queue=1))
+    strand(lm, "a", "b")
+    time.sleep(SOON)
+    assert ask(lm, "c") == ["Paris"]
+
+
+def test_place_that_another_client_lends_comes_back(provider, make, strand, ask, hold):
+    """A fallback's limits are the lender's own (R52, R53)."""
+    lender = make("openai/lent", cache=False, limits=LimitPolicy(max_concurrent=1))
+    lm = make("openai/down", cache=False, fallbacks=[lender], max_wait=0)
+    lm.circuit.force_open()
+    strand(lm, "q")
+    assert ask(lender, "q") == ["Paris"]
+
+
+@pytest.mark.parametrize("max_wait", [0, 30])
+def test_probe_comes_back(make, strand, ask, hold, max_wait):
+    """Long before its lease is over, to who waits for its verdict and to who would not (R24)."""
+    lm = make(cache=False, max_wait=max_wait)
+    lm.circuit.force_half_open()
+    strand(lm, "q")
+    if not max_wait:
+        time.sleep(SOON)
+    started = time.monotonic()
+    assert ask(lm, "q") == ["Paris"]
+    assert time.monotonic() - started < PATIENCE < lm.circuit.policy.probe_lease
+
+
+def test_pass_of_the_gate_comes_back(provider, make, strand, ask):
+    """The one call that may go after a 429 (R28)."""
+    hold = Hold()
+    provider.script(rate_limited(0.01), hold)
+    lm = make(cache=False)
+    strand(lm, "q", requests=2)
+    assert ask(lm, "q") == ["Paris"]
+    hold.release()
+
+
+def test_call_is_under_way_no_more(provider, make, strand, hold):
+    """A client that is closed waits for no call that cannot end, and health counts none (R61)."""
+    lm = make(cache=False)
+    strand(lm, "q")
+    assert lm.health().in_flight == 0
+    provider.script(hold)
+    strand(lm, "q")
+    started = time.monotonic()
+    lm.close(grace=PATIENCE)
+    assert time.monotonic() - started < PATIENCE / 2
+
+
+def test_its_memory_comes_back(make, strand, kept, hold):
+    """Once another loop has cleaned up after it, connections included (R34)."""
+    lm = make()
+    strand(lm, "q")
+    task = weakref.ref(kept.pop())
+    assert lm.health().in_flight == 0
+    asyncio.run(providers.tend())
+    gc.collect()
+    assert task() is None
