@@ -274,7 +274,7 @@ class Attempt:
         return classify(
             error,
             seconds=self.seconds,
-            timeout=self.target.timeout(self.call),
+            timeout=self.target.own_timeout,
             handed_off=handed_off,
         )
 

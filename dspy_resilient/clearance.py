@@ -144,7 +144,13 @@ def _release(passage: GatePass, slot: Slot | None, admission: Admission | None =
 
 
 def outwait(call: Call, client: Runtime, blocked: list[Route]) -> Steps[bool]:
-    """Wait until the first of the open circuits may be asked again; False if it takes too long."""
+    """Wait until the first of the open circuits may be asked again; False if it takes too long.
+
+    One that was forced open without end is not waited for: only somebody's hand can close it.
+    """
+    blocked = [route for route in blocked if math.isfinite(route.blocker().recheck_time())]
+    if not blocked:
+        return False
     route = blocked[0] if len(blocked) == 1 else min(blocked, key=lambda each: each.wait_time())
     now, circuit = client.clock(), route.blocker()
     if not call.has_patience(now, circuit.wait_time()):

@@ -96,8 +96,12 @@ class Target:
 
     def timeout(self, call: Call) -> float | None:
         """Return the timeout of one attempt in seconds, or None if it is not a plain number."""
-        timeout = setting("timeout", self.lm, self.kwargs(call))
-        return timeout if isinstance(timeout, (int, float)) else None
+        return _seconds(setting("timeout", self.lm, self.kwargs(call)))
+
+    @property
+    def own_timeout(self) -> float | None:
+        """The client's own timeout, whatever a call may have set for itself."""
+        return _seconds(self.lm.kwargs.get("timeout"))
 
     def key(self, call: Call) -> str | None:
         """Return the cache key of this call under this target, or None if it is not cached."""
@@ -126,6 +130,10 @@ class Target:
     ) -> Attempt:
         """Return one attempt, ready to be sent."""
         return Attempt(self, call, route, admission, passage, slot)
+
+
+def _seconds(timeout: Any) -> float | None:
+    return timeout if isinstance(timeout, (int, float)) else None
 
 
 # The entry points of DSPy 3.5 return another shape than those of 3.4.

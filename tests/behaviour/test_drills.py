@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import heapq
 import itertools
 import os
@@ -15,9 +16,17 @@ from types import SimpleNamespace
 import dspy
 import pytest
 
-from dspy_resilient import CircuitBreaker, CircuitOpenError, CircuitPolicy, RetryPolicy
+from dspy_resilient import (
+    CircuitBreaker,
+    CircuitOpenError,
+    CircuitPolicy,
+    DeadlineExceededError,
+    RetryPolicy,
+    ThrottledError,
+)
 from dspy_resilient.testing import (
     CutStream,
+    Hang,
     Hold,
     Provider,
     StallStream,
@@ -152,6 +161,75 @@ def test_slow_provider_is_left_alone(provider, make, ask):
     lm.circuit.force_half_open()
     assert [ask(lm, question) for question in QUESTIONS[4:]] == [["Paris"]] * 8
     assert lm.circuit.state == "closed"
+
+
+def test_impatience_is_not_held_against_the_provider(provider, make, ask):
+    """Its own timeout says something about the provider; a call's, or a deadline, does not (5)."""
+    lm = make(circuit=CircuitPolicy(failure_threshold=1), num_retries=0, timeout=30, cache=False)
+    provider.always(Hang())
+    with pytest.raises(dspy.LMTimeoutError):
+        ask(lm, "q", timeout=0.2)
+    with pytest.raises(DeadlineExceededError):
+        ask(lm.copy(deadline=0.2), "q")
+    assert (lm.circuit.state, lm.circuit.failure_count) == ("closed", 0)
+    assert provider.count == 2
+
+
+async def test_impatience_of_a_task_is_not_held_against_the_provider(provider, make):
+    """Nor is that of somebody who no longer waits for the call (5)."""
+    lm = make(circuit=CircuitPolicy(failure_threshold=1), num_retries=0)
+    provider.always(Hang())
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(lm.acall("q"), 0.3)
+    assert (lm.circuit.state, lm.circuit.failure_count) == ("closed", 0)
+
+
+# By hand
+
+
+def test_forced_open_circuit_is_not_waited_for(provider, make, ask):
+    """Nobody can tell how long a person's hand will take, so patience is for circuits that reopen (R25, R27)."""
+    lm = make(max_wait=900)
+    lm.circuit.force_open("maintenance")
+    begun = time.monotonic()
+    with pytest.raises(CircuitOpenError) as refused:
+        ask(lm, "q")
+    assert time.monotonic() - begun < 10
+    assert (refused.value.reason, refused.value.retry_after) == ("maintenance", None)
+    assert provider.count == 0
+    lm.circuit.auto()
+    assert [ask(lm, question) for question in QUESTIONS[:2]] == [["Paris"]] * 2
+    assert lm.circuit.state == "closed"
+
+
+def test_forced_closed_circuit_lets_an_outage_through(provider, make, ask):
+    """Whatever comes back, until it is left to itself again (R25)."""
+    lm = make(circuit=LASTING, num_retries=0, max_wait=0)
+    lm.circuit.force_closed()
+    provider.down("500")
+    for question in QUESTIONS:
+        with pytest.raises(dspy.LMServerError):
+            ask(lm, question)
+    assert provider.count == 12
+    lm.circuit.auto()
+    for question in QUESTIONS[:3]:
+        with pytest.raises(dspy.LMServerError):
+            ask(lm, question)
+    with pytest.raises(CircuitOpenError):
+        ask(lm, "more")
+
+
+def test_observed_circuit_shows_an_outage_and_blocks_nobody(provider, make, ask):
+    """What it would have done can be read before it is let do it (R25)."""
+    lm = make(circuit=dataclasses.replace(LASTING, mode="observe"), num_retries=0)
+    provider.down("500")
+    for question in QUESTIONS[:5]:
+        with pytest.raises(dspy.LMServerError):
+            ask(lm, question)
+    provider.up()
+    assert ask(lm, "more") == ["Paris"]
+    assert provider.count == 6
+    assert (lm.circuit.state, lm.circuit.rejected, lm.stats().rejected) == ("open", 3, 0)
 
 
 # Rate limits
@@ -326,6 +404,45 @@ def test_empty_account_is_found_out_once(provider, make, ask, code):
 
 
 # Whose circuit it is
+
+
+def test_pause_asked_of_one_key_is_not_asked_of_another(provider, make, ask):
+    """One tenant's quota never stops another (R26)."""
+    lm = make()
+    provider.script(rate_limited("3600"))
+    with pytest.raises(dspy.LMRateLimitError):
+        ask(lm, "q", api_key="one")
+    assert ask(lm, "q", api_key="another") == ["Paris"]
+    with pytest.raises(ThrottledError):
+        ask(lm, "more", api_key="one")
+    assert provider.count == 2
+
+
+def test_outage_met_with_one_key_is_an_outage_for_all(provider, make, ask):
+    """The endpoint is down, whoever asks (R26)."""
+    lm = make(circuit=LASTING, num_retries=0, max_wait=0)
+    provider.down("500")
+    for question in QUESTIONS[:3]:
+        with pytest.raises(dspy.LMServerError):
+            ask(lm, question, api_key=question)
+    with pytest.raises(CircuitOpenError):
+        ask(lm, "more")
+    assert provider.count == 3
+
+
+@pytest.mark.parametrize("other", [{"model": "openai/other"}, {"model_type": "text"}], ids=str)
+def test_another_model_or_kind_of_call_has_a_circuit_of_its_own(provider, make, ask, other):
+    """What one model cannot do, another of the same provider may (R26)."""
+    lm = make(circuit=LASTING, num_retries=0, max_wait=0)
+    copy = lm.copy(**other)
+    provider.down("500")
+    for question in QUESTIONS[:3]:
+        with pytest.raises(dspy.LMServerError):
+            ask(copy, question)
+    with pytest.raises(CircuitOpenError):
+        ask(copy, "more")
+    provider.up()
+    assert ask(lm, "more") == ["Paris"]
 
 
 def test_endpoint_of_one_call_has_a_circuit_of_its_own(provider, make, ask):

@@ -140,7 +140,7 @@ def test_one_probe_in_all_and_recovery_everywhere(provider, pair, ask):
 def test_a_waiting_call_hears_of_the_recovery(provider, pair, ask):
     """A call that waits for the circuit goes on though somebody else has closed it (R27)."""
     here, there, *_ = pair(max_wait=20)
-    here.circuit.force_open("maintenance")
+    here.circuit.force_open("maintenance", seconds=15)
     time.sleep(2 * VIEW_AGE)
     answers = []
     waiting = threading.Thread(target=lambda: answers.append(there("q")))

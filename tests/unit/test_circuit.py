@@ -14,7 +14,7 @@ import math
 
 import pytest
 
-from dspy_resilient.circuit import CircuitBreaker, CircuitState
+from dspy_resilient.circuit import CircuitBreaker, CircuitState, Outcome
 from dspy_resilient.errors import CircuitOpenError
 from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpened
 from dspy_resilient.policies import CircuitPolicy
@@ -428,6 +428,16 @@ def test_half_open_is_seen_as_soon_as_the_time_is_over(make, clock):
     assert not breaker.opened
     assert not breaker.closed
     assert [type(event) for event in heard] == [CircuitOpened]
+
+
+def test_only_half_open_gives_probes(make):
+    """Whoever is let through otherwise holds no place (R24)."""
+    breaker = make()
+    assert not breaker.admit().probe
+    breaker.force_closed()
+    assert not breaker.admit().probe
+    breaker.force_half_open()
+    assert breaker.admit().probe
 
 
 @pytest.mark.parametrize("probes", [1, 3])
@@ -931,6 +941,12 @@ def test_listener_may_use_the_circuit(make):
     breaker = make(listener=listener)
     breaker.trip()
     assert heard == [(CircuitOpened, "open"), "reset", (CircuitClosed, "closed")]
+
+
+def test_words_are_those_of_the_vocabulary():
+    """States and outcomes are strings that dashboards and shared stores may keep (12)."""
+    assert list(CircuitState) == ["closed", "open", "half_open", "forced_open", "forced_closed"]
+    assert list(Outcome) == ["success", "failure", "neutral"]
 
 
 def test_repr_names_it_and_its_state(make):

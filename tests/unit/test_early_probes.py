@@ -1,8 +1,13 @@
-"""Early probes: with every circuit open, somebody still looks now and then (R52)."""
+"""Early probes: with every circuit open, somebody still looks now and then (R52).
+
+Of the changes of one operator, constant or statement in `early.py`, the one that no test notices
+returns None for False.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import threading
 
 import pytest
@@ -74,8 +79,9 @@ def test_one_early_probe_per_recovery_time_for_all_circuits_together(clock):
     circuits = [CircuitBreaker(POLICY, clock=clock) for _ in range(3)]
     for circuit in circuits:
         circuit.trip(retry_after=100)
+    clock.advance(4.9)
     assert not any(map(early.take, circuits))
-    clock.advance(5)
+    clock.advance(0.1)
     assert [early.take(circuit) for circuit in circuits] == [True, False, False]
     clock.advance(4.9)
     assert not any(map(early.take, circuits))
@@ -100,3 +106,21 @@ def test_of_many_threads_one_is_early(clock, circuit):
     for thread in threads:
         thread.join()
     assert taken == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_child_of_a_fork_goes_on(clock, circuit):
+    """A lock that another thread held at the fork stays behind (R8)."""
+    early = EarlyProbes(clock)
+    clock.advance(5)
+    with early._lock:
+        child = os.fork()
+        if child == 0:
+            taken = []
+            asking = threading.Thread(target=lambda: taken.append(early.take(circuit)), daemon=True)
+            asking.start()
+            asking.join(10)
+            os._exit(0 if taken == [True] else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
