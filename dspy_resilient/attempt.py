@@ -304,6 +304,8 @@ class Attempt:
         runtime.store(self.target.key(self.call), answer, whole=self.whole)
         if answer.key:
             runtime.cache.save(answer)
+            if runtime.cache.others is not None:
+                runtime.cache.others.keep(answer)
 
     def fail_late(self, error: BaseException) -> None:
         """Report a failure whose caller has given up."""

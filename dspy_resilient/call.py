@@ -35,8 +35,11 @@ from dspy_resilient.steps import Disk, Prepare, Wait
 from dspy_resilient.supervision import broke_state
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer, Lead
+    from dspy_resilient.cache.others import Others
     from dspy_resilient.circuit import Verdict
     from dspy_resilient.progress import Call
     from dspy_resilient.route import Routes
@@ -67,18 +70,40 @@ def complete(call: Call, client: Runtime) -> Steps[Served]:
         with suppress(AttributeError):
             error.attempts = tuple(call.attempts)  # type: ignore[attr-defined]  # ours to attach
         raise
-    if served.answer.key and not served.hit and client.cache.has_disk:
-        yield Disk(
-            client.clerk, partial(client.cache.save, served.answer)
-        )  # those who waited have it by now
+    if served.answer.key and not served.hit:
+        yield from _save(client, served.answer)  # those who waited have it by now
     return served
 
 
 def _load(client: Runtime, key: str) -> Steps[Answer | None]:
-    """Return the answer that is not in memory but on disk, or None."""
-    if not client.cache.has_disk:
+    """Return the answer that is not in memory but on disk, or with others who share, or None."""
+    cache = client.cache
+    answer: Answer | None = None
+    if cache.has_disk:
+        answer = yield Disk(client.clerk, partial(cache.load, key))
+    if answer is None and cache.others is not None:
+        seen = cache.evictions
+        found = yield from _hear(cache.others, cache.others.find(key))
+        answer = cache.receive(found, seen)
+    return answer
+
+
+def _save(client: Runtime, answer: Answer) -> Steps[None]:
+    """Write a new answer to disk, and let others have it, where there is either."""
+    cache = client.cache
+    if cache.has_disk:
+        yield Disk(client.clerk, partial(cache.save, answer))
+    if cache.others is not None:
+        yield from _hear(cache.others, cache.others.keep(answer))
+
+
+def _hear(others: Others, news: Future[Answer | None] | None) -> Steps[Answer | None]:
+    """Wait for what the shared store has to say, for as long as anybody waits for it."""
+    if news is None:
         return None
-    answer: Answer | None = yield Disk(client.clerk, partial(client.cache.load, key))
+    answer: Answer | None = yield Wait(news, others.patience)
+    if not news.done():
+        others.go_alone()
     return answer
 
 

@@ -111,10 +111,11 @@ class ResilientLM(dspy.LM):
             back, in the same forms. If none does better, error or answer stay as they were.
         deadline: Seconds for the whole call, waits and retries included. Default None: no limit.
         on_event: Called with every event (see `events`), in order; its errors are logged once.
-        shared: Where clients of the same name share their circuits and retry budgets, and with the
-            same `api_key` the pause after a 429: the address of a Redis or Valkey server ("redis://", "rediss://"
-            or "valkey://", `?namespace=` keeps environments apart), a client for one, or a
-            `shared.Store`. Limits are not shared. Default None: nothing is.
+        shared: Where clients of the same name share their circuits and retry budgets, with the same
+            `api_key` the pause after a 429, and with `CachePolicy(shared=True)` their answers: the
+            address of a Redis or Valkey server ("redis://", "rediss://" or "valkey://",
+            `?namespace=` keeps environments apart), a client for one, or a `shared.Store`. Limits
+            are not shared. Default None: nothing is.
         **kwargs: Provider settings, as for `dspy.LM`.
 
     Raises:

@@ -85,9 +85,14 @@ def build_options(
         raise ValueError(
             f"{_ME}: circuit=a CircuitBreaker and shared contradict each other; give a CircuitPolicy"
         )
+    cache = _policy("cache", cache, CachePolicy) or CachePolicy()
+    if cache.shared and shared is None:
+        raise ValueError(
+            f"{_ME}: CachePolicy(shared=True) needs a store; give shared= its address, or a Store"
+        )
     return Options(
         name=name or model,
-        cache=_policy("cache", cache, CachePolicy) or CachePolicy(),
+        cache=cache,
         circuit=_policy("circuit", circuit, CircuitPolicy, CircuitBreaker),
         retry=_retry(retry, num_retries),
         limits=_limits(limits),

@@ -188,6 +188,8 @@ class CachePolicy(_Policy):
         disk_bytes: Bytes kept on disk. At least 1 MiB; default 1 GiB.
         tenant: Name that separates answers of different users; None (default) separates by a hash
             of the API key. A saved program holds it, a repr does not.
+        shared: Whether processes that share a store (`ResilientLM(shared=...)`) find each other's
+            answers there, behind memory and disk. Default False: none leaves this machine.
     """
 
     max_entries: int = 10_000
@@ -199,6 +201,7 @@ class CachePolicy(_Policy):
     disk: str | os.PathLike[str] | None = "auto"
     disk_bytes: int = 2**30
     tenant: str | None = field(default=None, repr=False)
+    shared: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -214,10 +217,16 @@ class CachePolicy(_Policy):
             object.__setattr__(self, "disk", os.fspath(self.disk))
         text(me, "disk", self.disk)
         text(me, "tenant", self.tenant)
+        one_of(me, "shared", self.shared, (True, False))
         if self.stale_if_error is not None and self.ttl is None:
             raise ValueError(
                 f"{me}: stale_if_error={self.stale_if_error!r} needs a ttl; without one nothing expires"
             )
+
+    @property
+    def kept(self) -> float:
+        """Seconds that an answer is of any use, or inf."""
+        return math.inf if self.ttl is None else self.ttl + (self.stale_if_error or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dspy_resilient.limits import RetryBudget
     from dspy_resilient.runtime import Runtime
     from dspy_resilient.shared.circuit import SharedCircuit
-    from dspy_resilient.shared.courier import Link
+    from dspy_resilient.shared.link import Link
 
 _AUTH_FAILURES = 3
 

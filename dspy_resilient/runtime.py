@@ -86,10 +86,10 @@ class Runtime:
         self.under_way = UnderWay(options.name)
         self.flights = self._new_flights()
         self.clerk = Clerk()
-        self.cache = ResponseCache(options.cache, clock=clock, folder=folder)
+        self.fleet = self._join_fleet()
+        self.cache = self._new_cache(folder)
         shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
         self.circuit_policy = shared.policy if shared is not None else options.circuit
-        self.fleet = self._join_fleet()
         self.routes = Routes(self, shared)
         self.fallback_routes = Routes(self)
 
@@ -99,6 +99,13 @@ class Runtime:
         from dspy_resilient.shared import Fleet  # noqa: PLC0415  # only for those who share
 
         return Fleet(self.options.shared, self.name, clock=self.clock, emit=self.emit)
+
+    def _new_cache(self, folder: Callable[[], str | None] | None) -> ResponseCache:
+        policy = self.options.cache
+        others = (
+            self.fleet.answers(policy.kept) if self.fleet is not None and policy.shared else None
+        )
+        return ResponseCache(policy, clock=self.clock, folder=folder, others=others)
 
     def ready(self) -> bool:
         """Whether the next attempt can be sent at once."""

@@ -6,6 +6,7 @@ JSON-ready data; it opens no file.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ def load_options(state: dict[str, Any], kind: Any, *, allow_custom: bool) -> dic
     """
     return {
         **state,
-        "cache": CachePolicy.load(state["cache"]),
+        "cache": _load_cache(state),
         "circuit": CircuitPolicy.load(state["circuit"]) if state["circuit"] else False,
         "retry": RetryPolicy.load(state["retry"]),
         "limits": LimitPolicy.load(state["limits"]) if state["limits"] is not None else None,
@@ -132,6 +133,13 @@ def load_options(state: dict[str, Any], kind: Any, *, allow_custom: bool) -> dic
             for name in FALLBACKS
         },
     }
+
+
+def _load_cache(state: dict[str, Any]) -> CachePolicy:
+    """Return the policy; without a store (its address had a password) it is shared with nobody."""
+    policy = CachePolicy.load(state["cache"])
+    is_shared = policy.shared and state.get("shared") is not None
+    return dataclasses.replace(policy, shared=is_shared)
 
 
 def _dump_fallback(lm: Any) -> dict[str, Any]:

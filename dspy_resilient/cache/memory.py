@@ -25,6 +25,7 @@ from dspy_resilient.fork import renew_after_fork
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dspy_resilient.cache.others import Others
     from dspy_resilient.policies import CachePolicy
 
 
@@ -42,6 +43,7 @@ class CacheNumbers:
         skipped: Answers kept out, by reason: "too_large" for memory; "disk" for those that are
             too large for the disk, or not to be put into JSON.
         disk_hits: Hits that came from disk.
+        shared_hits: Hits that came from other processes.
         disk_errors: Faults of the disk.
     """
 
@@ -53,6 +55,7 @@ class CacheNumbers:
     evicted: int
     skipped: dict[str, int] = field(default_factory=dict)
     disk_hits: int
+    shared_hits: int
     disk_errors: int
 
 
@@ -83,6 +86,8 @@ class ResponseCache:
         folder: Where answers outlive the process, or a function that says so at the first use, or
             None for memory only.
         wall: Wall-clock seconds, for the age of answers from an earlier process.
+        others: The answers of other processes, if they are shared. Who looks there or stores there
+            waits for it, and so is not here but in `call.py`.
     """
 
     def __init__(
@@ -92,17 +97,19 @@ class ResponseCache:
         clock: Callable[[], float] = time.monotonic,
         folder: Callable[[], str | None] | str | None = None,
         wall: Callable[[], float] = time.time,  # noqa: TID251  # entries outlive the process
+        others: Others | None = None,
     ) -> None:
         self._policy = policy
         self._clock = clock
         self._folder = folder
         self._wall = wall
         self._ttl = math.inf if policy.ttl is None else policy.ttl
-        self._kept = self._ttl + (policy.stale_if_error or 0.0)
+        self._kept = policy.kept
+        self.others = others
         self._disk: DiskCache | None = None if folder is None else _UNOPENED
         self._counts: Counter[str] = Counter()
         self._entries = self._no_entries()
-        self._evictions = 0
+        self.evictions = 0
         self._lock = threading.Lock()
         renew_after_fork(self)
 
@@ -129,18 +136,37 @@ class ResponseCache:
             if answer is not None and self._is_fresh(answer):
                 self._counts["hits"] += 1
                 return answer
-            self._counts["misses"] += self._disk is None
+            self._counts["misses"] += self._disk is None and self.others is None
         return None
 
     def load(self, key: str) -> Answer | None:
-        """Return the fresh answer on disk, or None, after `recall` has found nothing. Blocks."""
+        """Return the fresh answer on disk, or None, after `recall` has found nothing. Blocks.
+
+        What follows on a miss, if others share their answers, is `receive`.
+        """
         answer = self._from_disk(key)
         if answer is not None and not self._is_fresh(answer):
             answer = None
         with self._lock:
-            self._counts["misses" if answer is None else "hits"] += 1
+            self._counts["hits"] += answer is not None
+            self._counts["misses"] += answer is None and self.others is None
             self._counts["disk_hits"] += answer is not None
         return answer
+
+    def receive(self, answer: Answer | None, evictions: int) -> Answer | None:
+        """Take what others had when `recall` and `load` found nothing; return it if it is fresh.
+
+        Args:
+            answer: What they had.
+            evictions: The number of evictions when they were asked: it may be from before the last.
+        """
+        if answer is not None and evictions == self.evictions:
+            self._take_in(answer, evictions)
+        is_hit = answer is not None and evictions == self.evictions and self._is_fresh(answer)
+        with self._lock:
+            self._counts["hits" if is_hit else "misses"] += 1
+            self._counts["shared_hits"] += is_hit
+        return answer if is_hit else None
 
     def peek(self, key: str) -> Answer | None:
         """Look again, in memory only, right after `get` has found nothing.
@@ -196,13 +222,15 @@ class ResponseCache:
     def evict(self, key: str) -> None:
         """Forget the answer stored under `key`, if there is one."""
         with self._lock:
-            self._evictions += 1
+            self.evictions += 1
             answer = self._entries.pop(key, None)
             if answer is not None:
                 answer.is_evicted = True
         disk = self._opened_disk()
         if disk is not None:
             disk.evict(key)
+        if self.others is not None:
+            self.others.forget(key)
 
     def clear(self) -> None:
         """Forget every answer, also those that the folder keeps for other processes."""
@@ -213,11 +241,13 @@ class ResponseCache:
         disk = self._opened_disk()
         if disk is not None:
             disk.clear()
+        if self.others is not None:
+            self.others.forget()
 
     def close(self) -> None:
         """Release the memory; what is on disk stays. The cache can still be used."""
         with self._lock:
-            self._evictions += 1
+            self.evictions += 1
             self._entries = self._no_entries()
 
     def numbers(self) -> CacheNumbers:
@@ -227,7 +257,7 @@ class ResponseCache:
         with self._lock:
             counts = Counter(self._counts)
         skipped = {"too_large": counts["too_large"], "disk": disk.skipped if disk else 0}
-        names = ("hits", "misses", "stale", "stored", "evicted", "disk_hits")
+        names = ("hits", "misses", "stale", "stored", "evicted", "disk_hits", "shared_hits")
         return CacheNumbers(
             entries=entries,
             skipped={reason: count for reason, count in skipped.items() if count},
@@ -288,22 +318,26 @@ class ResponseCache:
         disk = self._opened_disk()
         if disk is None:
             return None
-        evictions = self._evictions
+        evictions = self.evictions
         answer = disk.get(key)
         if answer is None:
             return None
         if self._clock() - answer.stored_at >= self._kept:
             disk.evict(key)
             return None
+        self._take_in(answer, evictions)
+        return answer
+
+    def _take_in(self, answer: Answer, evictions: int) -> None:
+        """Put an answer from elsewhere into memory, unless a newer one is there or it was evicted."""
         if self._policy.max_bytes is not None:
             answer.size = _weight(answer)
         with self._lock:
-            known = self._entries.get(key)
-            if evictions == self._evictions and (
+            known = self._entries.get(answer.key)
+            if evictions == self.evictions and (
                 known is None or known.stored_at < answer.stored_at
             ):
                 self._remember(answer)
-        return answer
 
 
 def _weight(answer: Answer) -> int:

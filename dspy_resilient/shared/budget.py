@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dspy_resilient.circuit.waiting import Signals
 from dspy_resilient.limits import RetryBudget
-from dspy_resilient.shared.courier import Courier, Link
+from dspy_resilient.shared.link import Link
 from dspy_resilient.shared.store import BudgetReport, BudgetView
 
 if TYPE_CHECKING:
+    from dspy_resilient.shared.courier import Courier
     from dspy_resilient.shared.store import Store
 
 
@@ -39,7 +39,6 @@ class SharedBudget(Link[BudgetReport, BudgetView], RetryBudget):
     def renew(self) -> None:
         """Make the budget usable in a forked child; what is untold there, the parent tells."""
         super().renew()
-        self._signals = Signals(None)
         self._begin(self._courier)
         self._net = self._least = 0
 
@@ -72,6 +71,9 @@ class SharedBudget(Link[BudgetReport, BudgetView], RetryBudget):
     def wants_news(self) -> bool:
         """Never: whoever sends an attempt asks."""
         return False
+
+    def _wake(self) -> None:
+        """Nobody waits: whether to retry is decided with what is known."""
 
     def _tell(self) -> None:
         if self.is_old or (self._net and not self.alone):

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspy_resilient.circuit import CircuitBreaker, CircuitState, Outcome, Permit
 from dspy_resilient.circuit.describe import describe
-from dspy_resilient.shared.courier import VIEW_AGE, Courier, Link
+from dspy_resilient.shared.courier import VIEW_AGE, Courier
+from dspy_resilient.shared.link import Link
 from dspy_resilient.shared.store import CircuitReport, CircuitVerdict, CircuitView
 
 if TYPE_CHECKING:
@@ -151,6 +152,9 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
     def wants_news(self) -> bool:
         """Whether somebody waits."""
         return self._signals.waiting > 0
+
+    def _wake(self) -> None:
+        self._signals.send()
 
     # Reporting
 

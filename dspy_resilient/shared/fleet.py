@@ -12,9 +12,10 @@ import hmac
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from dspy_resilient.shared.answers import SharedAnswers
 from dspy_resilient.shared.budget import SharedBudget
 from dspy_resilient.shared.circuit import SharedCircuit
-from dspy_resilient.shared.courier import Courier
+from dspy_resilient.shared.courier import Contact, Courier
 from dspy_resilient.shared.gate import SharedGate
 from dspy_resilient.shared.redis import RedisStore
 from dspy_resilient.shared.store import Store
@@ -78,7 +79,8 @@ class Fleet:
         self._store = store = open_store(shared)
         self._opened = store is not shared
         self._space = (store.namespace, name)
-        self._courier = Courier(store, clock=clock, emit=emit)
+        self._contact = Contact(clock=clock, emit=emit)
+        self._courier = Courier(store, self._contact)
 
     def circuit(
         self, way: tuple[str, str, str], policy: CircuitPolicy, **facts: Any
@@ -93,6 +95,14 @@ class Fleet:
     def budget(self, way: tuple[str, str, str], tokens: int) -> SharedBudget:
         """Return the retry budget of one way to a provider."""
         return SharedBudget(self._courier, self._key(way, "budget"), tokens)
+
+    def answers(self, kept: float) -> SharedAnswers:
+        """Return the cached answers of all clients of this name.
+
+        They have a courier of their own: a long answer holds up no circuit.
+        """
+        courier = Courier(self._store, self._contact)
+        return SharedAnswers(courier, self._key(("", "", ""), "cache"), kept)
 
     def close(self) -> None:
         """Close the connections that were opened for this client."""

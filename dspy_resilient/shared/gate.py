@@ -10,10 +10,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dspy_resilient.circuit import GatePass, ThrottleGate
-from dspy_resilient.shared.courier import Courier, Link
+from dspy_resilient.shared.link import Link
 from dspy_resilient.shared.store import ThrottleReport, ThrottleView
 
 if TYPE_CHECKING:
+    from dspy_resilient.shared.courier import Courier
     from dspy_resilient.shared.store import Store
 
 
@@ -41,6 +42,9 @@ class SharedGate(Link[ThrottleReport, ThrottleView], ThrottleGate):
     def wants_news(self) -> bool:
         """Whether the store has not heard everything."""
         return self._untold or self._untold_reset
+
+    def _wake(self) -> None:
+        self._signals.send()
 
     def record_throttle(self, ticket: GatePass, hint: float | None) -> float:
         """Close for everybody; see `GatePass.throttled`."""

@@ -17,14 +17,15 @@ from dspy_resilient.circuit import CircuitState, Outcome
 from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.circuit.waiting import Places, Signals
 from dspy_resilient.fork import renew_after_fork
-from dspy_resilient.shared.store import KEPT, BudgetView, CircuitView, ThrottleView
+from dspy_resilient.shared.store import KEPT, BudgetView, CachedText, CircuitView, ThrottleView
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dspy_resilient.policies import CircuitPolicy
     from dspy_resilient.shared.store import (
         BudgetReport,
+        CacheOrder,
         CircuitReport,
         CircuitVerdict,
         ThrottleReport,
@@ -51,6 +52,7 @@ class MemoryStore:
         """Start empty: what a forked child does."""
         self._lock = threading.Lock()
         self._kept: Any = cachetools.TTLCache(_MOST, KEPT, timer=self._clock)
+        self._answers: Any = cachetools.TTLCache(_MOST, KEPT, timer=self._clock)
 
     def close(self) -> None:
         """Do nothing: there is no connection."""
@@ -78,6 +80,28 @@ class MemoryStore:
             spent = max(report.least, min(before + report.net, most))
             self._kept[key] = spent
             return BudgetView(at=self._clock(), spent=spent)
+
+    def cache(self, key: str, orders: Sequence[CacheOrder]) -> list[CachedText | None]:
+        """Answer `Store.cache`."""
+        with self._lock:
+            return [self._cache(key, order, self._clock()) for order in orders]
+
+    def _cache(self, key: str, order: CacheOrder, now: float) -> CachedText | None:
+        answers, place = self._answers, (key, order.name)
+        if order.doing == "recall":
+            stored, text = answers.get(place, (-math.inf, b""))
+            if now - stored >= order.kept or not text:
+                return None
+            answers[place] = stored, text  # in use
+            return CachedText(now - stored, text)
+        if order.doing == "keep":
+            answers[place] = now, order.text
+        elif order.doing == "forget":
+            answers.pop(place, None)
+        else:
+            for each in [each for each in answers if each[0] == key]:
+                del answers[each]
+        return None
 
 
 class _Circuit:

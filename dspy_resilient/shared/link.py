@@ -1,0 +1,154 @@
+"""One piece of state that a process has in common with others: what it says, hears, and does alone.
+
+This module decides what a fault of the store means. What is said, and what comes of the answer, is
+decided by whoever is linked.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from dspy_resilient.shared.courier import VIEW_AGE
+
+if TYPE_CHECKING:
+    import threading
+
+    from dspy_resilient.shared.courier import Courier
+    from dspy_resilient.shared.store import Store
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+
+PATIENCE = 0.25
+"""Seconds that a call waits for the store before it goes on with what its own client knows."""
+
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+
+
+class Link(ABC, Generic[Request, Reply]):
+    """One piece of state that this process has in common with others, as far as it is known here.
+
+    While the store answers, the store decides. When it does not, the link is alone: the state of
+    this process decides, and the store is tried again in the background, after a growing pause.
+    Fields are guarded by the lock of the owner, who provides `_lock`.
+
+    Attributes:
+        alone: Whether the store has last failed to answer.
+        patience: Seconds that a call waits for an answer.
+    """
+
+    patience = PATIENCE
+
+    _lock: threading.RLock
+    _courier: Courier
+
+    def _begin(self, courier: Courier) -> None:
+        """Set up; nothing has been heard yet."""
+        self._courier = courier
+        self.alone = False
+        self._next: Future[bool] | None = None
+        self._under_way: Request | None = None
+        self._arrives: Future[bool] | None = None
+        self._heard_at = -math.inf
+        self._faults = 0
+        self._try_at = -math.inf
+
+    @abstractmethod
+    def wants_news(self) -> bool:
+        """Whether somebody waits for what the store may say."""
+
+    @abstractmethod
+    def _draft(self, now: float) -> Request:
+        """Return what is to be said; has the lock."""
+
+    @abstractmethod
+    def _say(self, store: Store, request: Request) -> Reply:
+        """Say it, and return the answer."""
+
+    @abstractmethod
+    def _hear(self, now: float, request: Request, reply: Reply) -> None:
+        """Act on the answer; has the lock."""
+
+    @abstractmethod
+    def _do_without(self, now: float, request: Request | None) -> None:
+        """Act on what the store did not hear, with what is known here; has the lock."""
+
+    @abstractmethod
+    def _wake(self) -> None:
+        """Wake whoever waits for what has come of it; without the lock."""
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it is time to ask again."""
+        now = self._courier.clock()
+        if self._next is not None:
+            return False
+        return now >= self._try_at if self.alone else now - self._heard_at >= VIEW_AGE
+
+    def question(self) -> Future[bool] | None:
+        """Return what to wait for, if anything, before acting on what is known here."""
+        if self.alone:
+            if self.is_old:
+                self.ask()
+            return None
+        age = self._courier.clock() - self._heard_at
+        if age < VIEW_AGE / 2:
+            return None
+        answer = self.ask()
+        return answer if age >= VIEW_AGE else None
+
+    def ask(self) -> Future[bool]:
+        """Have the courier go; the future is resolved when the answer, or a fault, is in."""
+        with self._lock:
+            if self._next is not None:
+                return self._next
+            future = self._next = Future()
+            future.set_running_or_notify_cancel()
+        try:
+            self._courier.send(self)
+        except RuntimeError as error:  # no thread can be started: the interpreter is on its way out
+            self.go_alone(error)
+        return future
+
+    def carry(self, store: Store) -> None:
+        """Say what there is to say; called by the courier."""
+        with self._lock:
+            future, self._next = self._next, None
+            if future is None:
+                return
+            request = self._under_way = self._draft(self._courier.clock())
+            self._arrives = future
+        fault: Exception | None = None
+        try:
+            reply = self._say(store, request)
+            with self._lock:
+                now = self._courier.clock()
+                self.alone, self._faults, self._heard_at = False, 0, now
+                self._under_way = None
+                self._hear(now, request, reply)
+        except Exception as error:  # noqa: BLE001  # whatever it is, no call may end with it
+            fault = error
+            with self._lock:
+                self._lose(request if self._under_way is request else None)
+        future.set_result(True)
+        self._wake()
+        self._courier.contact.note(self, fault)
+
+    def go_alone(self, error: Exception | None = None) -> None:
+        """Go on without the store, for which a call has waited long enough."""
+        with self._lock:
+            self._lose(self._under_way)
+        self._wake()
+        self._courier.contact.note(self, error or TimeoutError(f"no answer within {PATIENCE:g} s"))
+
+    def _lose(self, request: Request | None) -> None:
+        """Be alone from now on; has the lock. What the store may not have heard counts here."""
+        now = self._courier.clock()
+        self._under_way = None
+        self.alone = True
+        self._try_at = now + min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2.0 ** min(self._faults, 16))
+        self._faults += 1
+        self._do_without(now, request)
