@@ -150,7 +150,7 @@ class ThrottleGate(Turnstile):
                 return
             ticket.reported = True
             self._throttled_since = None
-            if ticket.generation == self._generation and not self._open:
+            if ticket.generation == self._generation:
                 self._places.give_back(ticket)
                 self._widen()
         self._signals.send()
@@ -185,7 +185,6 @@ class ThrottleGate(Turnstile):
             self._closings = 0
             self._hinted_until = self._closed_until = -math.inf
             self._throttled_since = None
-            self._places.clear()
             self._open = True
             self._signals.call()
         self._signals.send()
@@ -194,7 +193,7 @@ class ThrottleGate(Turnstile):
 
     @property
     def generation(self) -> int:
-        """Closings so far."""
+        """Closings and resets so far."""
         return self._generation
 
     @property
@@ -282,11 +281,13 @@ class ThrottleGate(Turnstile):
     def _widen(self) -> None:
         self._closings = 0
         self._hinted_until = -math.inf
-        self._allowed *= 2
         now = self._clock()
+        if now < self._closed_until:  # an older call's 429 has closed it again meanwhile
+            return
+        self._allowed *= 2
         under_way = self._places.taken(now)
         if self._allowed >= max(_FULL, under_way + self._signals.waiting):
             self._open = True
             self._signals.call()
-        elif now >= self._closed_until:
+        else:
             self._signals.call(self._allowed - under_way)

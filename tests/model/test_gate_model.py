@@ -78,12 +78,14 @@ class Model:
             return
         self.closings = 0
         self.hinted = -math.inf
+        if now < self.until:
+            return
         self.allowance *= 2
         busy = self.under_way(now)
         if self.allowance >= max(FULL, busy + len(self.line)):
             self.open = True
             self.call_waiters()
-        elif now >= self.until:
+        else:
             self.call_waiters(self.allowance - busy)
 
     def throttle(self, call, hint, now, draw):
@@ -124,6 +126,7 @@ class GateMachine(RuleBasedStateMachine):
         self.draw = 1.0
         self.gate = ThrottleGate(max_retry_after=most, clock=self.clock, random=lambda: self.draw)
         self.model = Model(most)
+        self.promised = -math.inf
 
     def ask(self, lease=0.0):
         now, model = self.clock(), self.model
@@ -156,6 +159,7 @@ class GateMachine(RuleBasedStateMachine):
         closed_for = call.real.throttled(hint)
         self.model.throttle(call, hint, now, self.draw)
         assert closed_for == max(0.0, self.model.until - now)
+        self.promised = max(self.promised, now + closed_for)
 
     @rule(call=passes)
     def release(self, call):
@@ -215,6 +219,11 @@ class GateMachine(RuleBasedStateMachine):
         assert gate.wait_time() == model.wait(now)
         assert gate.hint == (model.hinted - now if model.hinted > now else None)
         assert gate.unbroken == (0 if model.first is None else now - model.first)
+
+    @invariant()
+    def never_opens_before_its_time(self):
+        """Whatever is answered meanwhile (R28)."""
+        assert self.clock() + self.gate.wait_time() >= self.promised
 
     @invariant()
     def calls_the_right_waiters(self):

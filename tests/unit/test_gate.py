@@ -1,4 +1,10 @@
-"""How long a 429 closes the gate, and how the gate opens again."""
+"""How long a 429 closes the gate, and how the gate opens again.
+
+Of the changes of one operator, constant or statement in `gate.py`, those that no test notices
+change nothing: `__slots__`, first values that the first closing sets anew, numbers of generations
+and default leases that are only compared, shortcuts that save a lock or a look (an open gate's in
+`admit`, in both reports and in `_wait`), and a sixth doubling, which is above the longest step.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +155,9 @@ def test_old_429_closes_an_open_gate(make, clock):
     while not gate._open:
         for ticket in under_way(gate):
             ticket.answered()
+    newer = gate.admit()
     assert straggler.throttled(5) == 5
+    assert not newer.is_current
 
 
 def test_old_429_makes_a_reopening_gate_careful(make, clock):
@@ -186,17 +194,54 @@ def test_answer_opens_no_closed_gate(make, clock):
     assert gate.wait_time() == 30
 
 
+def test_answers_open_no_gate_before_its_time(make, clock):
+    """However many calls that were let in before a straggler's 429 are answered after it (R28)."""
+    gate = make()
+    straggler = gate.admit()
+    close(gate)
+    pass_through(gate, clock).answered()
+    for _ in range(3):
+        gate.admit().answered()
+    passes = under_way(gate)
+    assert len(passes) == 16
+    straggler.throttled(30)
+    for ticket in passes:
+        ticket.answered()
+    assert gate.wait_time() == 30
+    clock.advance(30)
+    assert len(under_way(gate)) == 1
+
+
+def test_pass_from_before_a_closing_is_not_current(make, clock):
+    """What has waited elsewhere meanwhile must ask again (R11, R28)."""
+    gate = make()
+    early = gate.admit()
+    assert early.is_current
+    reporter = gate.admit()
+    reporter.throttled(5)
+    assert not early.is_current
+    clock.advance(5)
+    assert gate.admit().is_current
+    gate.reset()
+    assert not early.is_current
+    assert gate.admit().is_current
+
+
 def test_zero_max_retry_after_waits_for_no_hint(make):
     """0 is an answer: no pause is waited for, however short (R28)."""
     gate = make(max_retry_after=0)
     assert close(gate, 5) == 0
     assert gate.hint == 5
+    ticket, waiter = gate.admit(), gate.enlist()
+    assert not waiter.done()
+    ticket.throttled(5)
+    assert waiter.done()  # the place is free again
 
 
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf])
 def test_bad_max_retry_after_is_refused(value):
     """Bad arguments are refused by name."""
-    with pytest.raises(ValueError, match="max_retry_after"):
+    with pytest.raises(ValueError, match=r"^ThrottleGate: max_retry_after must"):
         ThrottleGate(max_retry_after=value)
 
 
@@ -279,6 +324,55 @@ def test_first_report_of_a_pass_counts(make, clock):
     assert gate.wait_time() == 4
 
 
+@pytest.mark.parametrize("report", ["answered", "release"])
+@pytest.mark.parametrize("reopening", [False, True])
+def test_nothing_is_heard_after_the_first_report(make, clock, report, reopening):
+    """Neither of an open gate nor of one that reopens."""
+    gate = make()
+    if reopening:
+        close(gate)
+        clock.advance(1)
+    ticket = gate.admit()
+    getattr(ticket, report)()
+    assert ticket.throttled(30) == 0
+    assert gate.wait_time() == 0
+
+
+def test_reset_forgets_everything(make, clock):
+    """After `reset` it is as new, and nobody waits any more (R28)."""
+    gate = make()
+    close(gate, 40)
+    waiter = gate.enlist()
+    gate.reset()
+    assert waiter.done()
+    assert (gate.wait_time(), gate.hint, gate.unbroken) == (0, None, 0)
+    assert close(gate, 5) == 5
+    pass_through(gate, clock).throttled(None)
+    clock.advance(gate.wait_time())
+    gate.admit()
+    gate.reset()
+    assert None not in [gate.admit() for _ in range(100)]
+    assert close(gate) == 1
+
+
+def test_what_another_client_heard_closes_it_too(make, clock):
+    """It is news if the pause that is known here is over, and a longer one holds (R28)."""
+    gate = make(max_retry_after=60.0)
+    ticket = gate.admit()
+    gate._follow(clock(), 5, None)
+    assert (gate.wait_time(), ticket.is_current) == (5, False)
+    gate._follow(clock(), 30, 90)
+    assert (gate.wait_time(), gate.hint) == (30, 90)
+    gate._follow(clock(), 300, 300)
+    assert gate.wait_time() == 60
+    assert gate._closings == 1
+    clock.advance(60)
+    ticket = gate.admit()
+    gate._follow(clock(), 2, None)
+    assert (gate.wait_time(), ticket.is_current) == (2, False)
+    assert pass_through(gate, clock).throttled(None) == 4
+
+
 def test_answers_from_before_do_not_reopen(make, clock):
     """An answer to a call that was let in before the 429 opens nothing (R28)."""
     gate = make()
@@ -313,7 +407,9 @@ def test_hint_is_over_with_its_time_or_an_answer(make, clock):
     gate.admit().answered()
     assert gate.hint is None
     close(gate, 5)
-    clock.advance(5)
+    clock.advance(4.5)
+    assert gate.hint == 0.5
+    clock.advance(0.5)
     assert gate.hint is None
 
 
@@ -331,6 +427,13 @@ def test_every_lengthening_is_told(make, clock):
         Throttled(seconds=5, hint=5, **facts),
         Throttled(seconds=60, hint=90, **facts),
     ]
+
+
+def test_nameless_gate_tells_no_name(make):
+    """Its events say so (R70)."""
+    heard = []
+    close(make(listener=heard.append), 5)
+    assert heard == [Throttled(client="", target=None, at=100.0, seconds=5, hint=5)]
 
 
 def test_listener_may_use_the_gate(make):
@@ -370,6 +473,19 @@ def test_each_free_place_calls_the_longest_waiter(make, clock):
     assert [waiter.done() for waiter in waiters] == [True, False, False, False]
     gate.admit().answered()
     assert [waiter.done() for waiter in waiters] == [True, True, True, False]
+
+
+def test_no_more_are_called_than_there_is_room_for(make, clock):
+    """Those who are under way keep their places (R28)."""
+    gate = make()
+    close(gate)
+    pass_through(gate, clock).answered()
+    first, second = under_way(gate)
+    waiters = [gate.enlist() for _ in range(10)]
+    first.answered()
+    assert [waiter.done() for waiter in waiters] == [True] * 3 + [False] * 7
+    second.release()
+    assert [waiter.done() for waiter in waiters] == [True] * 4 + [False] * 6
 
 
 def test_next_429_calls_all(make, clock):
@@ -424,15 +540,16 @@ def test_crowd_of_threads_never_exceeds_the_allowance(make, clock):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_child_of_a_fork_goes_on(make, clock):
-    """A held lock, a pass and a waiter stay behind; the pause does not (R8)."""
-    gate = make()
+    """Held locks, a pass and a waiter stay behind; the pause does not (R8)."""
+    heard = []
+    gate = make(listener=heard.append)
     close(gate)
     pass_through(gate, clock)
     gate.enlist()
     locked, may_go = threading.Event(), threading.Event()
 
     def hold():
-        with gate._lock:
+        with gate._lock, gate._signals._delivering:
             locked.set()
             may_go.wait()
 
@@ -444,6 +561,8 @@ def test_child_of_a_fork_goes_on(make, clock):
             ticket = gate.admit()
             usable = ticket is not None and gate.admit() is None
             ticket.answered()
+            gate.admit().throttled(5)
+            usable &= [event.seconds for event in heard] == [1, 5]
         finally:
             os._exit(0 if usable else 1)
     may_go.set()
