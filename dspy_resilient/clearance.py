@@ -11,13 +11,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
+from dspy_resilient.circuit import CircuitBreaker
 from dspy_resilient.errors import (
     DeadlineExceededError,
     LimitExceededError,
     ResilienceError,
     ThrottledError,
 )
-from dspy_resilient.events import CallRejected
+from dspy_resilient.events import CallQueued, CallRejected
 from dspy_resilient.steps import Wait
 from dspy_resilient.underway import end_stranded
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dspy_resilient.attempt import Attempt
-    from dspy_resilient.circuit import CircuitBreaker, GatePass, ThrottleGate
-    from dspy_resilient.limits import Slot
+    from dspy_resilient.circuit import GatePass, ThrottleGate
+    from dspy_resilient.limits import Limiter, Slot
     from dspy_resilient.progress import Call, Turn
     from dspy_resilient.route import Admission, Route
     from dspy_resilient.runtime import Runtime
@@ -120,10 +121,8 @@ def _take_slot(
         while (limiter := route.limiter) is not None:
             tokens = 0 if limiter.policy.tpm is None else target.estimate(call)
             slot = limiter.enter(tokens, call.left(client.clock()))
-            while not slot.granted and limiter is route.limiter:
-                yield Wait(slot.future, min(slot.wait_time(), call.left(client.clock())))
-                slot.poll()
-                check_deadline(call, client)
+            if not slot.granted:
+                yield from _queue(call, client, route, limiter, slot)
             if slot.granted:
                 break
             slot.leave(sent=False)  # the client was restarted: queue anew
@@ -133,6 +132,28 @@ def _take_slot(
             raise rejected(client, route, error) from None
         raise
     return slot
+
+
+def _queue(call: Call, client: Runtime, route: Route, limiter: Limiter, slot: Slot) -> Steps[None]:
+    """Wait for the turn of `slot`, or for a restart of the client; say so if it takes long."""
+    since = client.clock()
+    client.tally.add("queued")
+    if client.is_heard:
+        ahead = max(0, limiter.queued - 1)
+        client.emit(CallQueued, route.label, ahead=ahead, in_use=limiter.in_use)
+    try:
+        while not slot.granted and limiter is route.limiter:
+            now, wait = client.clock(), slot.wait_time()
+            silence = client.long_wait - (now - since)
+            if silence > 0:
+                wait = min(wait, silence)
+            elif limiter.is_news():
+                client.announce_wait("limits", route.label, wait)
+            yield Wait(slot.future, min(wait, call.left(now)))
+            slot.poll()
+            check_deadline(call, client)
+    finally:
+        client.tally.add("queue_seconds", client.clock() - since)
 
 
 def _release(passage: GatePass, slot: Slot | None, admission: Admission | None = None) -> None:
@@ -170,8 +191,9 @@ def _line_up(
         if wait > client.long_wait and math.isinf(queue.wait_time()):
             yield Wait(waiter, client.long_wait)  # those who were let in may report any moment
             wait -= client.long_wait
-        if wait > client.long_wait and not waiter.done():
-            client.announce_wait(queue, target, wait)
+        if wait > client.long_wait and not waiter.done() and queue.is_news(client.clock() + wait):
+            reason = "circuit" if isinstance(queue, CircuitBreaker) else "throttled"
+            client.announce_wait(reason, target, wait)
         yield Wait(waiter, wait)
 
 

@@ -4,6 +4,7 @@
     CallFinished       a call has ended, with an answer or with an error                 -
     CacheHit           an answer came from the cache                                     -
     FlightJoined       a call waits for an identical one that is under way               -
+    CallQueued         a call waits for its turn within the limits                       -
     AttemptFailed      one request has ended without an answer                           -
     RetryScheduled     a failed attempt will be repeated after a pause                   -
     FellBack           a call goes on to the next target                                 -
@@ -78,6 +79,19 @@ class FlightJoined(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CallQueued(Event):
+    """A call waits for its turn within the limits.
+
+    Attributes:
+        ahead: How many wait before it.
+        in_use: How many attempts are under way.
+    """
+
+    ahead: int
+    in_use: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CallRejected(Event):
     """A target was not asked: its circuit, gate or limit refused."""
 
@@ -141,16 +155,16 @@ class CircuitClosed(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WaitStarted(Event):
-    """Calls wait for a `reason`, "circuit" or "throttled", for up to `seconds`: until `ends`.
+    """Calls wait for a `reason`, "circuit", "throttled" or "limits", for up to `seconds`: until `ends`.
 
     Attributes:
-        seconds: How long from now.
-        ends: The time of day when it ends, for people, e.g. "14:03:25".
+        seconds: How long from now, or None if nobody can tell: it is for those under way to end it.
+        ends: The time of day when it ends, for people, e.g. "14:03:25"; None like `seconds`.
     """
 
     reason: str
-    seconds: float
-    ends: str
+    seconds: float | None
+    ends: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

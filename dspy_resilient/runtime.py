@@ -8,6 +8,7 @@ back is an empty runtime.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 import uuid
@@ -169,14 +170,13 @@ class Runtime:
         self.tally.add(what)
         return now
 
-    def announce_wait(
-        self, queue: CircuitBreaker | ThrottleGate, target: str, seconds: float
-    ) -> None:
-        """Say, once for each long wait, that calls are held up and until when."""
-        if queue.is_news(self.clock() + seconds):
+    def announce_wait(self, reason: str, target: str, seconds: float) -> None:
+        """Say that calls are held up, and until when unless `seconds` is inf."""
+        known, ends = None, None
+        if math.isfinite(seconds):
+            known = seconds
             ends = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))  # noqa: TID251  # people read it
-            reason = "circuit" if isinstance(queue, CircuitBreaker) else "throttled"
-            self.emit(WaitStarted, target, reason=reason, seconds=seconds, ends=ends)
+        self.emit(WaitStarted, target, reason=reason, seconds=known, ends=ends)
 
     def new_limiter(self, label: str) -> Limiter | None:
         """Return an empty limiter for the place called `label`, or None if there is no limit."""

@@ -58,6 +58,7 @@ class Limiter:
         self._clock = clock
         self._client = client
         self._target = target
+        self._is_told = False
         self.renew()
         renew_after_fork(self)
 
@@ -139,6 +140,14 @@ class Limiter:
         self._resolve(woken)
         return slot.granted
 
+    def is_news(self) -> bool:
+        """Whether nobody has been told yet that this queue is long: once until it is empty."""
+        with self._lock:
+            was_told = self._is_told
+            self._is_told = True
+        self._resolve(())
+        return not was_told
+
     def leave(self, departure: Departure) -> None:
         """Perform `Slot.leave`: note it, and let whoever holds the lock apply it."""
         self._departures.append(departure)
@@ -162,6 +171,7 @@ class Limiter:
         self._tokens = None if policy.tpm is None else TokenBucket(policy.tpm)
         self._queue: OrderedDict[Slot, None] = OrderedDict()
         self._queued_tokens = 0.0
+        self._is_told = False
         self._departures: deque[Departure] = deque()
 
     def _ready_at(self, slot: Slot) -> float:
@@ -222,6 +232,7 @@ class Limiter:
         if slot in self._queue:
             del self._queue[slot]
             self._queued_tokens -= slot.tokens
+            self._is_told = self._is_told and bool(self._queue)
 
     def _depart(self, departure: Departure, now: float) -> None:
         """Take a slot out of the queue or off its place; requires the lock."""

@@ -94,6 +94,7 @@ def _rows(stats: Stats) -> Iterator[Row]:
     yield from _some(stats, "failures", "failed", of="attempts")
     yield from _parts(stats, "failed", depth=2)
     yield from _some(stats, "retries", "repeated after a pause", of="attempts")
+    yield from _queue(stats)
     yield from _some(stats, "rejected", "not sent")
     yield from _parts(stats, "refused")
     yield from _some(stats, "restarts", "restarts")
@@ -132,6 +133,17 @@ def _parts(stats: Stats, name: str, prefix: str = "", depth: int = 1) -> Iterato
         label = prefix + reason.replace("_", " ")
         blank = " " * 6
         yield Row(label, depth, f"{count:,}{blank}", f"{recent.get(reason, 0):,}{blank}")
+
+
+def _queue(stats: Stats) -> Iterator[Row]:
+    def told(numbers: Stats | None) -> str:
+        return _seconds(
+            numbers.queue_seconds / numbers.queued if numbers and numbers.queued else None
+        )
+
+    if stats.queued:
+        yield _count(stats, "queued", "waited within the limits")
+        yield Row("on average for", 1, told(stats), told(stats.recent))
 
 
 def _times(stats: Stats) -> Iterator[Row]:

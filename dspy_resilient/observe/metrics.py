@@ -43,6 +43,8 @@ COUNTERS = (
     Counter("attempts", "attempts", None, "Requests sent to providers."),
     Counter("failures", "failed", "kind", "Attempts that ended without an answer."),
     Counter("retries", "retries", None, "Attempts repeated after a pause."),
+    Counter("queued", "queued", None, "Times a call waited for its turn within its limits."),
+    Counter("queue_seconds", "queue_seconds", None, "Seconds it waited there, all together."),
     Counter("rejected", "refused", "reason", "Times a circuit, gate or limit refused to send."),
     Counter("fallbacks", "fallbacks", None, "Times a call went on to the next target."),
     Counter("stored", "stored", None, "Answers kept in the cache."),

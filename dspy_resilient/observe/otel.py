@@ -44,6 +44,7 @@ _SCOPE = "dspy_resilient"
 _SECONDS = [0.01 * 2**step for step in range(14)]
 _TOKENS = [4**step for step in range(14)]
 _ON_THE_WAY = (
+    events.CallQueued,
     events.CallRejected,
     events.FellBack,
     events.FlightJoined,

@@ -11,6 +11,7 @@ begin with `dspy_resilient_`:
 
     calls_total, hits_total, stale_total, coalesced_total, errors_total            client
     attempts_total, retries_total, fallbacks_total, stored_total, evicted_total    client
+    queued_total, queue_seconds_total                                              client
     failures_total                                                                 client, kind
     rejected_total, skipped_total                                                  client, reason
     tokens_saved_total, dollars_saved_total                                        client

@@ -78,6 +78,8 @@ class Stats:
         failures: Attempts that ended without an answer.
         failed: The same by kind of failure.
         retries: Attempts repeated after a pause.
+        queued: Times a call waited for its turn within its limits.
+        queue_seconds: How long it waited there, all those times together.
         rejected: Times a circuit, gate, limit or supervision refused to send.
         refused: The same by what refused.
         restarts: Times the client was restarted to a clean state.
@@ -103,6 +105,8 @@ class Stats:
     failures: int = 0
     failed: Mapping[str, int] = field(default_factory=dict)
     retries: int = 0
+    queued: int = 0
+    queue_seconds: float = 0.0
     rejected: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)
     restarts: int = 0

@@ -7,12 +7,21 @@ import copy
 import logging
 import re
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import dspy
 import pytest
 
-from dspy_resilient import CachePolicy, CircuitOpenError, CircuitPolicy, Clients, RetryPolicy
-from dspy_resilient.events import WaitStarted
+from dspy_resilient import (
+    CachePolicy,
+    CircuitOpenError,
+    CircuitPolicy,
+    Clients,
+    LimitPolicy,
+    RetryPolicy,
+)
+from dspy_resilient.events import CallQueued, WaitStarted
 from dspy_resilient.testing import Clock, Hold, Status, Truncated, rate_limited
 
 QUICK = RetryPolicy(base=0.0)
@@ -303,6 +312,75 @@ def test_waiting_for_a_probe_that_hangs_is_announced(watched, provider):
     (wait,) = waits(lm)
     assert wait.reason == "circuit"
     assert wait.seconds <= 60
+
+
+def test_a_turn_within_the_limits_is_awaited_in_the_open(make, provider, ask):
+    """Who queues says so, and how long all of them have (R53, R70, R71)."""
+    heard, gate = [], Hold()
+    lm = make(cache=False, limits=1, on_event=heard.append)
+    provider.script(gate)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(ask, lm, "a")]
+        provider.wait_for(1)
+        for number in range(2):
+            calls.append(pool.submit(ask, lm, "b"))
+            wait_until(lambda: len(queued(heard)) > number)  # noqa: B023  # called here
+        time.sleep(0.1)
+        gate.release()
+        assert [each.result(20) for each in calls] == [["Paris"]] * 3
+    label = lm._primary.label
+    assert [(e.target, e.ahead, e.in_use) for e in queued(heard)] == [(label, 0, 1), (label, 1, 1)]
+    stats = lm.stats()
+    assert stats.queued == 2
+    assert 0.2 <= stats.queue_seconds < 2 * stats.seconds
+    assert "waited within the limits" in str(stats)
+
+
+def queued(heard):
+    return [event for event in heard if isinstance(event, CallQueued)]
+
+
+def wait_until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_call_that_need_not_queue_does_not_say_so(make, ask):
+    """There is nothing to see (R70)."""
+    heard = []
+    lm = make(limits=1, on_event=heard.append)
+    ask(lm, "a")
+    assert not queued(heard)
+    assert (lm.stats().queued, lm.stats().queue_seconds) == (0, 0)
+
+
+def test_a_long_wait_for_the_limits_is_announced_once(watched, provider):
+    """However many queue, and again once the queue has been empty (R53, R70)."""
+    lm = watched(cache=False, limits=1)
+    lm._runtime.long_wait = 0.2
+    for _ in range(2):
+        gate = Hold()
+        provider.script(gate)
+        asyncio.run(blocked(lm, 2, gate.release))
+        (wait,) = waits(lm)
+        assert (wait.reason, wait.target) == ("limits", lm._primary.label)
+        assert (wait.seconds, wait.ends) == (None, None)  # the provider's doing
+        lm.heard.clear()
+        lm.told.clear()
+
+
+def test_a_long_wait_for_a_rate_is_announced_with_its_end(watched, caplog):
+    """Which the rate alone decides (R53, R70)."""
+    lm = watched(cache=False, limits=LimitPolicy(rpm=30))
+    lm._runtime.long_wait = 0.2
+    for each in "abc":
+        lm(each)
+    (wait,) = waits(lm)
+    assert 0 < wait.seconds < 2
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", wait.ends)
+    assert any(wait.ends in record.getMessage() for record in caplog.records)
 
 
 def test_a_wait_ends_with_the_lease_of_a_probe_that_was_lost(watched):

@@ -47,6 +47,8 @@ SAMPLES = {
     "outcome": "failure",
     "error": "LMServerError",
     "attempt": 2,
+    "ahead": 3,
+    "in_use": 1,
     "ends": "14:03:25",
 }
 
