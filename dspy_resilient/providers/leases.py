@@ -37,6 +37,12 @@ class _Leased:
         self._http = weakref.ref(http)
         self._loop = None if loop is None else weakref.ref(loop)
 
+    def keep_idle_connections(self) -> None:
+        """Have what LiteLLM has made close no connection as surplus; see `closing`."""
+        client, http = self._client(), self._http()
+        if client is not None and http is not None and not cached.is_lent(client, http):
+            closing.spare_idle_connections(http)
+
     def close_when_dropped(self) -> None:
         """Close what LiteLLM drops without closing it: the clients of the OpenAI SDK."""
         client, http = self._client(), self._http()
@@ -185,6 +191,7 @@ def count_uses(cache: Any) -> None:
         leased = _leases.find(value)
         if leased is None:
             return
+        leased.keep_idle_connections()
         if options.get("litellm_owned_client"):
             leased.close_when_dropped()
         use = _using.get()

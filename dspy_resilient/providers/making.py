@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from dspy_resilient.providers import cached, closing
 from dspy_resilient.providers.evidence import provider_name
 
 if TYPE_CHECKING:
@@ -101,10 +102,14 @@ def make(provider: str, settings: Mapping[str, Any], *, is_async: bool) -> Any:
     from litellm.llms.custom_httpx import http_handler  # noqa: PLC0415  # likewise
 
     if _is_openais(provider):
-        return _make_openais(provider, settings, is_async=is_async)
-    handler = http_handler.AsyncHTTPHandler if is_async else http_handler.HTTPHandler
-    made = handler(timeout=settings.get("timeout"))
-    made.client.headers.update(settings.get("headers", {}))
+        made = _make_openais(provider, settings, is_async=is_async)
+    else:
+        handler = http_handler.AsyncHTTPHandler if is_async else http_handler.HTTPHandler
+        made = handler(timeout=settings.get("timeout"))
+        made.client.headers.update(settings.get("headers", {}))
+    http = closing.http_client_of(made)
+    if http is not None and not cached.is_session(http):
+        closing.spare_idle_connections(http)
     return made
 
 

@@ -171,6 +171,39 @@ def test_calls_on_one_loop_share_a_connection(provider, make):
     asyncio.run(calls())
 
 
+@pytest.mark.parametrize("prefix", ["openai", "anthropic", "groq"])
+def test_a_crowd_of_threads_keeps_its_connections(prefix):
+    """None is closed as surplus: httpcore closes such under a thread that has just taken it (R34)."""
+    with Provider("Paris") as provider:
+        lm = client(provider, prefix)
+        lm("first")  # of a crowd of first calls, some would make clients that LiteLLM then drops
+        for turn in range(1, 4):
+            hold = Hold()
+            provider.always(hold)
+            with ThreadPoolExecutor(40) as pool:
+                calls = [pool.submit(lm, f"{number}?") for number in range(40)]
+                provider.wait_for(1 + 40 * turn)
+                hold.release()
+                assert [call.result() for call in calls] == [["Paris"]] * 40
+        assert provider.connections == 40
+
+
+def test_a_pooled_client_keeps_its_connections():
+    """So does what `providers.client` returns."""
+    with Provider("Paris") as provider:
+        pooled = providers.client("openai", api_base=provider.api_base, api_key=KEY)
+        messages = [{"role": "user", "content": "?"}]
+        hold = Hold()
+        provider.always(hold)
+        with ThreadPoolExecutor(40) as pool:
+            create = pooled.chat.completions.create
+            calls = [pool.submit(create, model="test", messages=messages) for _ in range(40)]
+            provider.wait_for(40)
+            hold.release()
+            assert [call.result().choices[0].message.content for call in calls] == ["Paris"] * 40
+        assert len(pooled._client._transport._pool.connections) == 40
+
+
 @pytest.mark.parametrize("prefix", [*PREFIXES, "gemini"])
 def test_a_stream_outlives_other_loops(prefix):
     """With plain LiteLLM a second loop's stream ends the first's, which then hangs (R8, R34)."""
