@@ -48,10 +48,7 @@ class Places:
 
     def give_back(self, holder: object) -> bool:
         """Take back the place of `holder`; False if it had none any more."""
-        had_one = self._leases.pop(holder, None) is not None
-        if not self._leases:
-            self.next_end = math.inf
-        return had_one
+        return self._leases.pop(holder, None) is not None
 
     def taken(self, now: float) -> int:
         """Return how many places are taken, after ending the leases that are over."""

@@ -919,13 +919,15 @@ def test_failing_listener_breaks_nothing_and_is_logged_once(make, caplog):
     def listener(event):
         raise KeyError
 
-    breaker = make(listener=listener)
+    breaker = make(listener=listener, client="fast")
     with caplog.at_level(logging.ERROR, "dspy_resilient"):
         for _ in range(3):
             breaker.trip()
             breaker.reset()
     assert breaker.closed
-    assert len(caplog.records) == 1
+    (record,) = caplog.records
+    assert (record.msg, record.client) == ("dspy_resilient.listener_failed", "fast")
+    assert record.exc_info[0] is KeyError
 
 
 def test_listener_may_use_the_circuit(make):

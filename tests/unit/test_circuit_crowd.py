@@ -1,6 +1,11 @@
 """A circuit among many callers: threads, tasks, and threads beside several event loops.
 
 A caller is written once, as a generator that yields the futures it waits for.
+
+Of the changes of one operator, constant or statement in `waiting.py` and `permit.py`, those that no
+test here or in `test_gate.py` notices change nothing but speed: `__slots__`, first values that every
+owner sets anew, and what spares a report a look at `Signals` that has nothing to send. A call of
+somebody for whom nothing is new is noticed in `test_gate_model.py`.
 """
 
 from __future__ import annotations
@@ -371,9 +376,32 @@ def test_dropped_probe_is_replaced_after_its_lease(half_open, clock):
     gc.collect()
     assert breaker.wait_time() == math.inf
     assert breaker.recheck_time() == 60
-    clock.advance(60)
-    breaker.admit().success()
+    clock.advance(59.5)
+    assert breaker.recheck_time() == 0.5
+    clock.advance(0.5)
+    probe = breaker.admit()
+    assert breaker.recheck_time() == 60
+    probe.success()
     assert breaker.closed
+
+
+def test_dropped_probe_is_replaced_though_others_return(half_open, clock):
+    """What becomes of one probe shortens and lengthens nobody else's lease (R21, R24)."""
+    breaker = half_open(probes=2, probe_lease=60.0)
+    breaker.admit()
+    breaker.admit().neutral()
+    other = breaker.try_admit(lease=90.0)
+    assert breaker.recheck_time() == 60
+    clock.advance(60)
+    probe = breaker.admit()
+    assert breaker.recheck_time() == 30
+    other.neutral()
+    breaker.admit()
+    clock.advance(60)
+    assert breaker.try_admit() is not None
+    assert breaker.try_admit() is not None
+    probe.neutral()
+    assert breaker.try_admit() is None
 
 
 def test_hanging_probe_is_replaced_after_its_lease(crowd, half_open, clock):
@@ -533,6 +561,13 @@ def test_waiters_are_resolved_without_the_lock(half_open):
     breaker.enlist().add_done_callback(look)
     probe.success()
     assert seen == ["closed"]
+
+
+def test_one_wait_is_news_once(clock):
+    """Of all who wait for the same end one tells of it; readings of it differ a little (R70)."""
+    breaker = CircuitBreaker(CircuitPolicy(), clock=clock)
+    assert [breaker.is_news(until) for until in (30.0, 30.0, 31.0, 29.0)] == [True, *[False] * 3]
+    assert [breaker.is_news(until) for until in (31.5, 32.0, 32.6)] == [True, False, True]
 
 
 def waits_its_turn(breaker, act, *, leave_always):
