@@ -163,6 +163,22 @@ def test_slow_provider_is_left_alone(provider, make, ask):
     assert lm.circuit.state == "closed"
 
 
+@pytest.mark.parametrize(
+    "headers", [{"Retry-After": "120"}, {"retry-after-ms": "120000"}], ids=["seconds", "ms"]
+)
+def test_outage_lasts_as_long_as_the_provider_says(provider, make, ask, headers):
+    """Its Retry-After, which DSPy does not pass on, is the least open time (R23, M19)."""
+    lm = make(circuit=CircuitPolicy(failure_threshold=1, jitter=0.0), num_retries=0, max_wait=0)
+    provider.script(Status(503, headers=headers))
+    with pytest.raises(dspy.LMServerError):
+        ask(lm, "q")
+    with pytest.raises(ThrottledError) as refused:
+        ask(lm, "more")
+    assert 100 < refused.value.retry_after <= 120
+    assert 100 < lm.circuit.open_remaining <= 120
+    assert provider.count == 1
+
+
 def test_impatience_is_not_held_against_the_provider(provider, make, ask):
     """Its own timeout says something about the provider; a call's, or a deadline, does not (5)."""
     lm = make(circuit=CircuitPolicy(failure_threshold=1), num_retries=0, timeout=30, cache=False)

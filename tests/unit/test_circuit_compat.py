@@ -121,6 +121,41 @@ def test_positional_arguments_are_the_packages():
     assert breaker.fallback_function is int
 
 
+def test_only_failures_in_a_row_open_it():
+    """The package knows no rate: half of all calls may fail for ever."""
+    breaker = CircuitBreaker(2)
+    for _ in range(100):
+        fail(breaker)
+        breaker.call(int)
+    assert breaker.closed
+    fail(breaker)
+    fail(breaker)
+    assert breaker.opened
+
+
+def test_states_are_the_packages_strings(clock):
+    """Whoever compares with the package's constants goes on doing so."""
+    breaker = CircuitBreaker(1, 5, clock=clock)
+    assert breaker.state == circuitbreaker.STATE_CLOSED
+    fail(breaker)
+    assert breaker.state == circuitbreaker.STATE_OPEN
+    clock.advance(5)
+    assert breaker.state == circuitbreaker.STATE_HALF_OPEN
+    assert f"{breaker.state}" == "half_open"
+
+
+def test_policy_may_be_given_by_name():
+    """`policy=` is as good as the first place, and the circuit is ours then."""
+    policy = CircuitPolicy(failure_threshold=2)
+    assert CircuitBreaker(policy=policy).policy is policy
+
+
+def test_expected_exception_is_no_text():
+    """The package's guard against a name in the wrong place."""
+    with pytest.raises(ValueError, match="Did you mean name"):
+        CircuitBreaker(1, 5, "my circuit")
+
+
 @pytest.mark.parametrize("name", ["failure_threshold", "recovery_timeout"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_zero_is_no_default(name, value):
@@ -555,8 +590,11 @@ def test_named_breakers_are_monitored():
     found = CircuitBreakerMonitor.get("monitored")
     assert found == breaker
     assert isinstance(found, circuitbreaker.CircuitBreaker)
+    assert breaker in CircuitBreakerMonitor.get_circuits()
+    assert breaker in CircuitBreakerMonitor.get_closed()
     breaker.trip()
     assert "monitored" in [each.name for each in CircuitBreakerMonitor.get_open()]
+    assert breaker not in CircuitBreakerMonitor.get_closed()
     assert not CircuitBreakerMonitor.all_closed()
 
 
