@@ -121,6 +121,8 @@ def _take_slot(
         while (limiter := route.limiter) is not None:
             tokens = 0 if limiter.policy.tpm is None else target.estimate(call)
             slot = limiter.enter(tokens, call.left(client.clock()))
+            if not slot.granted and limiter.patience > 0:
+                yield from _ask_others(call, client, route, limiter, slot)
             if not slot.granted:
                 yield from _queue(call, client, route, limiter, slot)
             if slot.granted:
@@ -132,6 +134,17 @@ def _take_slot(
             raise rejected(client, route, error) from None
         raise
     return slot
+
+
+def _ask_others(
+    call: Call, client: Runtime, route: Route, limiter: Limiter, slot: Slot
+) -> Steps[None]:
+    """Wait to hear whether others who use the same rates leave any: that is no queue yet."""
+    route.look_ahead()
+    wait = min(slot.wait_time(), limiter.patience, call.left(client.clock()))
+    yield Wait(slot.future, wait)
+    slot.poll()
+    check_deadline(call, client)
 
 
 def _queue(call: Call, client: Runtime, route: Route, limiter: Limiter, slot: Slot) -> Steps[None]:

@@ -112,10 +112,10 @@ class ResilientLM(dspy.LM):
         deadline: Seconds for the whole call, waits and retries included. Default None: no limit.
         on_event: Called with every event (see `events`), in order; its errors are logged once.
         shared: Where clients of the same name share their circuits and retry budgets, with the same
-            `api_key` the pause after a 429, and with `CachePolicy(shared=True)` their answers: the
-            address of a Redis or Valkey server ("redis://", "rediss://" or "valkey://",
-            `?namespace=` keeps environments apart), a client for one, or a `shared.Store`. Limits
-            are not shared. Default None: nothing is.
+            `api_key` the pause after a 429 and the `rpm` and `tpm` of their limits, and with
+            `CachePolicy(shared=True)` their answers: the address of a Redis or Valkey server
+            ("redis://", "rediss://" or "valkey://", `?namespace=` keeps environments apart), a
+            client for one, or a `shared.Store`. Default None: nothing is shared.
         **kwargs: Provider settings, as for `dspy.LM`.
 
     Raises:

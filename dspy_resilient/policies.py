@@ -265,6 +265,9 @@ class RetryPolicy(_Policy):
 class LimitPolicy(_Policy):
     """How much is sent to one target at a time and per minute.
 
+    Where clients share a store (`ResilientLM(shared=...)`), the rates are those of all of them
+    together, as far as they use the same `api_key`; how much is sent at a time, each decides.
+
     Attributes:
         max_concurrent: Attempts under way at once, or None (default) for no limit. At least 1.
         max_queue: Calls that may wait for a place, or None (default) for no limit. At least 0.

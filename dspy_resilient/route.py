@@ -12,6 +12,7 @@ import math
 import os
 import threading
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import cachetools
@@ -103,7 +104,8 @@ class Route:
         self.gate = gate = runtime.new_gate(label, way, api_key)
         shares = runtime.fleet is not None
         self.links = cast("tuple[Link[Any, Any], ...]", (gate, budget) if shares else ())
-        self.limiter = runtime.new_limiter(label)
+        self._new_limiter = partial(runtime.new_limiter, label, way, api_key)
+        self.limiter = self._new_limiter()
         self._runtime = runtime
         if circuit is not None and circuit.policy.listen == "provider":
             self._listen(*way)
@@ -127,6 +129,12 @@ class Route:
                 verdict = classify(error, seconds=evidence.seconds, handed_off=evidence.handed_off)
                 if verdict.outcome == Outcome.FAILURE:
                     permit.failure(redacted(error), retry_after=verdict.retry_after)
+
+    def look_ahead(self) -> None:
+        """Have the store asked now what it would be asked soon, while there is a wait anyway."""
+        for link in (*self.links, self.shared):
+            if link is not None and link.is_old:
+                link.ask()
 
     def is_slow(self, seconds: float) -> bool:
         """Whether an answer that took `seconds` counts as slow."""
@@ -181,7 +189,7 @@ class Route:
 
     def restart(self) -> None:
         """Replace the limits by clean ones; who waits goes on waiting in them. Circuit and gate stay."""
-        before, self.limiter = self.limiter, self._runtime.new_limiter(self.label)
+        before, self.limiter = self.limiter, self._new_limiter()
         if before is not None:
             with suppress(Exception):  # it may be what is broken
                 before.disband()

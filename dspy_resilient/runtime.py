@@ -138,11 +138,7 @@ class Runtime:
         return self.fleet.circuit(way, policy, **facts)
 
     def new_gate(self, label: str, way: tuple[str, str, str], api_key: Any) -> ThrottleGate:
-        """Return an open throttle gate for `api_key` on `way`, shared where anything is.
-
-        A key that is no str (a function that fetches tokens) has no lasting value by which others
-        could know it: nobody else has the name of its gate.
-        """
+        """Return an open throttle gate for `api_key` on `way`, shared where anything is."""
         facts: dict[str, Any] = {
             "max_retry_after": self.retry.max_retry_after,
             "clock": self.clock,
@@ -153,9 +149,7 @@ class Runtime:
         }
         if self.fleet is None:
             return ThrottleGate(**facts)
-        is_lasting = api_key is None or isinstance(api_key, str)
-        credential = tenant_of(api_key) if is_lasting else uuid.uuid4().hex
-        return self.fleet.gate(way, credential, **facts)
+        return self.fleet.gate(way, _credential(api_key), **facts)
 
     def new_budget(self, way: tuple[str, str, str]) -> RetryBudget:
         """Return a full retry budget for `way`, shared where anything is."""
@@ -178,11 +172,16 @@ class Runtime:
             ends = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))  # noqa: TID251  # people read it
         self.emit(WaitStarted, target, reason=reason, seconds=known, ends=ends)
 
-    def new_limiter(self, label: str) -> Limiter | None:
-        """Return an empty limiter for the place called `label`, or None if there is no limit."""
-        if self.limits is None:
+    def new_limiter(self, label: str, way: tuple[str, str, str], api_key: Any) -> Limiter | None:
+        """Return an empty limiter, or None without limits; its rates are shared where anything is."""
+        policy = self.limits
+        if policy is None:
             return None
-        return Limiter(self.limits, clock=self.clock, client=self.name, target=label)
+        has_rates = policy.rpm is not None or policy.tpm is not None
+        rates = None
+        if self.fleet is not None and has_rates:
+            rates = self.fleet.rates(way, _credential(api_key), policy)
+        return Limiter(policy, clock=self.clock, client=self.name, target=label, rates=rates)
 
     def _new_flights(self) -> Flights:
         return Flights(clock=self.clock, max_age=self.options.cache.coalesce_max_age)
@@ -323,3 +322,13 @@ class Runtime:
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """Return this very runtime: a copy of a client is the same client (R6)."""
         return self
+
+
+def _credential(api_key: Any) -> str:
+    """Return the name by which others know `api_key`.
+
+    A key that is no str (a function that fetches tokens) has no lasting value by which they could:
+    nobody else has the name of what it is used for.
+    """
+    is_lasting = api_key is None or isinstance(api_key, str)
+    return tenant_of(api_key) if is_lasting else uuid.uuid4().hex

@@ -7,6 +7,7 @@ minute). `RetryBudget` is on its own. Nothing here waits, sleeps, logs, or knows
 
 from dspy_resilient.limits.budget import RetryBudget
 from dspy_resilient.limits.limiter import Limiter
+from dspy_resilient.limits.rate import Rates
 from dspy_resilient.limits.slot import Slot
 
-__all__ = ["Limiter", "RetryBudget", "Slot"]
+__all__ = ["Limiter", "Rates", "RetryBudget", "Slot"]

@@ -11,12 +11,13 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from dspy_resilient.errors import LimitExceededError
 from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.limits.bulkhead import Bulkhead
-from dspy_resilient.limits.rate import TokenBucket
+from dspy_resilient.limits.rate import Rates
 from dspy_resilient.limits.slot import RESOLVED, Departure, Slot, State, pending
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Limiter:
         clock: Callable[[], float] = time.monotonic,
         client: str = "",
         target: str | None = None,
+        rates: Rates | None = None,
     ) -> None:
         """Start empty, with a full rate budget.
 
@@ -53,8 +55,11 @@ class Limiter:
             clock: Monotonic seconds.
             client: Name of the client, for errors.
             target: Label of the target, for errors.
+            rates: What of the policy's rates there is, if others use them too.
         """
         self.policy = policy
+        self._rates = Rates(policy.rpm, policy.tpm) if rates is None else rates
+        self._rates.wake = self.look_again
         self._clock = clock
         self._client = client
         self._target = target
@@ -78,6 +83,11 @@ class Limiter:
         limit = self._places.limit
         return None if math.isinf(limit) else int(limit)
 
+    @property
+    def patience(self) -> float:
+        """Seconds in which a slot may yet be granted without having queued; see `Rates`."""
+        return self._rates.patience
+
     def enter(self, tokens: int = 0, patience: float = math.inf) -> Slot:
         """Return a slot: granted if its turn is now, else at the end of the queue.
 
@@ -100,7 +110,9 @@ class Limiter:
                 if not self._queue and self._ready_at(slot) - now <= _ROUNDING:
                     self._grant(slot, State.GRANTED, now)
                 elif (
-                    self.policy.max_queue is not None and len(self._queue) >= self.policy.max_queue
+                    self.policy.max_queue is not None
+                    and len(self._queue) >= self.policy.max_queue
+                    and not self._may_be_ready(slot, now)
                 ):
                     refusal = self._full(self._ready_at(next(iter(self._queue), slot)) - now)
                 elif (wait := self._turn_at(slot) - now) > patience:
@@ -109,6 +121,7 @@ class Limiter:
                     slot.future = pending()
                     self._queue[slot] = None
                     self._queued_tokens += slot.tokens
+                    self._foresee()
             self._resolve(woken)
         except BaseException:  # Ctrl-C
             slot.leave(sent=False)
@@ -153,6 +166,12 @@ class Limiter:
         self._departures.append(departure)
         self._settle()
 
+    def look_again(self) -> None:
+        """Let in whoever may go by now, as `poll` does: the rates have changed."""
+        with self._lock:
+            woken = self._advance(self._clock())
+        self._resolve(woken)
+
     def disband(self) -> None:
         """Wake everybody in the queue: another limiter has taken the place of this one."""
         with self._lock:
@@ -167,8 +186,7 @@ class Limiter:
         policy = self.policy
         self._lock = threading.Lock()
         self._places = Bulkhead(policy.max_concurrent, adaptive=policy.adaptive)
-        self._requests = None if policy.rpm is None else TokenBucket(policy.rpm)
-        self._tokens = None if policy.tpm is None else TokenBucket(policy.tpm)
+        self._rates.renew()
         self._queue: OrderedDict[Slot, None] = OrderedDict()
         self._queued_tokens = 0.0
         self._is_told = False
@@ -176,33 +194,28 @@ class Limiter:
 
     def _ready_at(self, slot: Slot) -> float:
         """Return from when `slot` may go once it is first; requires the lock."""
-        if not self._places.has_room:
-            return math.inf
-        ready = -math.inf if self._requests is None else self._requests.ready_at(1)
-        return ready if self._tokens is None else max(ready, self._tokens.ready_at(slot.tokens))
+        return self._rates.ready_at(slot.tokens) if self._places.has_room else math.inf
 
     def _turn_at(self, slot: Slot) -> float:
         """Return from when the rates let `slot` go behind the whole queue; requires the lock."""
-        turn = -math.inf
-        if self._requests is not None:
-            turn = self._requests.ready_at(1, behind=len(self._queue))
-        if self._tokens is not None:
-            turn = max(turn, self._tokens.ready_at(slot.tokens, behind=self._queued_tokens))
-        return turn
+        return self._rates.turn_at(slot.tokens, len(self._queue), self._queued_tokens)
+
+    def _may_be_ready(self, slot: Slot, now: float) -> bool:
+        """Whether nothing is known that `slot` would have to wait for; requires the lock."""
+        return self._places.has_room and self._turn_at(slot) - now <= _ROUNDING
+
+    def _foresee(self) -> None:
+        """Tell the rates who goes next if they let it; requires the lock."""
+        room = self._places.limit - self._places.in_use
+        queue = self._queue if math.isinf(room) else islice(self._queue, max(0, int(room)))
+        self._rates.foresee(slot.tokens for slot in queue)
 
     def _grant(self, slot: Slot, state: State, now: float) -> None:
         """Give `slot` its place; requires the lock."""
         slot.state = state
         slot.begun = self._places.round
         self._places.in_use += 1
-        self._charge(1, slot.tokens, now)
-
-    def _charge(self, requests: int, tokens: float, now: float) -> None:
-        """Charge the rates, or give back what is negative; requires the lock."""
-        if self._requests is not None:
-            self._requests.take(requests, now)
-        if self._tokens is not None:
-            self._tokens.take(tokens, now)
+        self._rates.take(1, slot.tokens, now)
 
     def _advance(self, now: float) -> list[Future[None]]:
         """Offer places from the head of the queue on; requires the lock.
@@ -225,6 +238,7 @@ class Limiter:
             if head.future is not RESOLVED:
                 woken.append(head.future)
                 head.future = RESOLVED
+        self._foresee()
         return woken
 
     def _unqueue(self, slot: Slot) -> None:
@@ -248,10 +262,10 @@ class Limiter:
         if self._places.in_use < 0:
             raise RuntimeError("more attempts have ended than were let in")
         if state is State.OFFERED or not sent:
-            self._charge(-1, -slot.tokens, now)
+            self._rates.take(-1, -slot.tokens, now)
             return
         if used is not None and 0 <= used < math.inf:
-            self._charge(0, used - slot.tokens, now)
+            self._rates.take(0, used - slot.tokens, now)
         self._places.learn(slot.begun, throttled=throttled, slow=slow, ok=ok)
 
     def _settle(self) -> None:
@@ -266,6 +280,8 @@ class Limiter:
                 self._lock.release()
             for future in woken:
                 future.set_result(None)
+        if not self._lock.locked():  # else its holder comes here
+            self._rates.fetch()
 
     def _resolve(self, woken: Iterable[Future[None]]) -> None:
         """Resolve `woken`, then apply the departures that found the lock taken."""

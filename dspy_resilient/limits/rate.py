@@ -1,8 +1,12 @@
-"""How much may be sent per minute. It keeps one number and does not queue, wait or lock."""
+"""How much may be sent per minute. It keeps a number for each rate and does not queue or wait."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 BURST_SECONDS = 5.0
 """What a full bucket holds, in seconds of the rate.
@@ -49,3 +53,63 @@ class TokenBucket:
         What does not fit into a full bucket is lost.
         """
         self._full_at = max(self._full_at, now) + amount / self._rate
+
+    def full_at(self) -> float:
+        """Return the clock's reading from which the bucket is full."""
+        return self._full_at
+
+
+class Rates:
+    """The rates of one limit: requests and tokens, each if it is limited. Requires external locking.
+
+    A limiter asks these, and is asked by those that know of others who use the same rates.
+
+    Attributes:
+        patience: Seconds to wait for others to say what they leave, if there are others.
+        wake: Called, with no lock held, when more may be taken than was known.
+    """
+
+    patience = 0.0
+    wake: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self, rpm: float | None, tpm: float | None) -> None:
+        """Start full.
+
+        Args:
+            rpm: Requests per minute, or None for any number.
+            tpm: Tokens per minute, or None for any number.
+        """
+        self._rpm = rpm
+        self._tpm = tpm
+        self.renew()
+
+    def renew(self) -> None:
+        """Start full: what a forked child does."""
+        self._requests = None if self._rpm is None else TokenBucket(self._rpm)
+        self._tokens = None if self._tpm is None else TokenBucket(self._tpm)
+
+    def ready_at(self, tokens: float) -> float:
+        """Return the clock's reading at which to look whether one request may go, or it may."""
+        return self.turn_at(tokens, 0, 0)
+
+    def turn_at(self, tokens: float, requests_before: float, tokens_before: float) -> float:
+        """Return from when one request may go behind others, as far as is known: a lower bound."""
+        turn = -math.inf
+        if self._requests is not None:
+            turn = self._requests.ready_at(1, behind=requests_before)
+        if self._tokens is not None:
+            turn = max(turn, self._tokens.ready_at(tokens, behind=tokens_before))
+        return turn
+
+    def take(self, requests: float, tokens: float, now: float) -> None:
+        """Take from both, or give back what is negative."""
+        if self._requests is not None:
+            self._requests.take(requests, now)
+        if self._tokens is not None:
+            self._tokens.take(tokens, now)
+
+    def foresee(self, tokens: Iterable[float]) -> None:
+        """Hear what those will take who are next and wait for nothing else, one request each."""
+
+    def fetch(self) -> None:
+        """Do what has come of that and may take longer; needs no lock, and blocks for none."""

@@ -81,7 +81,7 @@ class Courier:
 
     def renew(self) -> None:
         """Begin anew: in a forked child there is no thread and nothing under way."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may leave word while this thread does
         self._errands: SimpleQueue[Link[Any, Any]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._watched: dict[Link[Any, Any], None] = {}

@@ -17,13 +17,14 @@ from dspy_resilient.shared.budget import SharedBudget
 from dspy_resilient.shared.circuit import SharedCircuit
 from dspy_resilient.shared.courier import Contact, Courier
 from dspy_resilient.shared.gate import SharedGate
+from dspy_resilient.shared.rates import SharedRates
 from dspy_resilient.shared.redis import RedisStore
 from dspy_resilient.shared.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dspy_resilient.policies import CircuitPolicy
+    from dspy_resilient.policies import CircuitPolicy, LimitPolicy
 
 _FORMAT = "dspy_resilient:1"
 _SCHEMES = ("redis://", "rediss://", "valkey://", "valkeys://", "unix://")
@@ -95,6 +96,11 @@ class Fleet:
     def budget(self, way: tuple[str, str, str], tokens: int) -> SharedBudget:
         """Return the retry budget of one way to a provider."""
         return SharedBudget(self._courier, self._key(way, "budget"), tokens)
+
+    def rates(self, way: tuple[str, str, str], credential: str, policy: LimitPolicy) -> SharedRates:
+        """Return the rates of one credential on one way to a provider."""
+        key = self._key(way, "rate", credential)
+        return SharedRates(self._courier, key, policy.rpm, policy.tpm)
 
     def answers(self, kept: float) -> SharedAnswers:
         """Return the cached answers of all clients of this name.

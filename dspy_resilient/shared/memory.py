@@ -17,10 +17,17 @@ from dspy_resilient.circuit import CircuitState, Outcome
 from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.circuit.waiting import Places, Signals
 from dspy_resilient.fork import renew_after_fork
-from dspy_resilient.shared.store import KEPT, BudgetView, CachedText, CircuitView, ThrottleView
+from dspy_resilient.shared.store import (
+    KEPT,
+    BudgetView,
+    CachedText,
+    CircuitView,
+    RateView,
+    ThrottleView,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dspy_resilient.policies import CircuitPolicy
     from dspy_resilient.shared.store import (
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
         CacheOrder,
         CircuitReport,
         CircuitVerdict,
+        RateReport,
         ThrottleReport,
     )
 
@@ -80,6 +88,16 @@ class MemoryStore:
             spent = max(report.least, min(before + report.net, most))
             self._kept[key] = spent
             return BudgetView(at=self._clock(), spent=spent)
+
+    def rate(self, key: str, reports: Mapping[str, RateReport]) -> RateView:
+        """Answer `Store.rate`."""
+        with self._lock:
+            now = self._clock()
+            full_at = self._kept[key] = dict(self._kept.get(key, {}))
+            for name, report in reports.items():
+                kept = max(full_at.get(name, now + report.believed), now)
+                full_at[name] = kept + report.amount / (report.per_minute / 60)
+            return RateView(now, {name: full_at[name] - now for name in reports})
 
     def cache(self, key: str, orders: Sequence[CacheOrder]) -> list[CachedText | None]:
         """Answer `Store.cache`."""

@@ -23,6 +23,7 @@ from dspy_resilient.shared.store import (
     BudgetView,
     CachedText,
     CircuitView,
+    RateView,
     StoreAnswerError,
     ThrottleView,
 )
@@ -31,7 +32,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dspy_resilient.policies import CircuitPolicy
-    from dspy_resilient.shared.store import BudgetReport, CacheOrder, CircuitReport, ThrottleReport
+    from dspy_resilient.shared.store import (
+        BudgetReport,
+        CacheOrder,
+        CircuitReport,
+        RateReport,
+        ThrottleReport,
+    )
 
 _SOCKET_SECONDS = 1.0
 _OF_THE_CIRCUIT = (
@@ -61,6 +68,7 @@ class _Script:
 _CIRCUIT = _Script("circuit.lua")
 _THROTTLE = _Script("throttle.lua")
 _BUDGET = _Script("budget.lua")
+_RATE = _Script("rate.lua")
 _CACHE = _Script("cache.lua")
 
 
@@ -157,6 +165,15 @@ class RedisStore:
         except (KeyError, TypeError, ValueError):
             raise StoreAnswerError("the store's answer is no retry budget") from None
 
+    def rate(self, key: str, reports: Mapping[str, RateReport]) -> RateView:
+        """Answer `Store.rate`."""
+        answer = self._run(_RATE, key, reports, KEPT)
+        try:
+            full_in = {name: _seconds(answer["full_in"][name]) for name in reports}
+            return RateView(float(answer["at"]), full_in)
+        except (KeyError, TypeError, ValueError):
+            raise StoreAnswerError("the store's answer is no rate") from None
+
     def cache(self, key: str, orders: Sequence[CacheOrder]) -> list[CachedText | None]:
         """Answer `Store.cache`."""
         keys = [key]
@@ -170,7 +187,7 @@ class RedisStore:
         except (TypeError, ValueError):
             raise StoreAnswerError("the store's answer is no cached answer") from None
 
-    def _run(self, script: _Script, key: str, request: dict[str, Any], kept: float) -> Any:
+    def _run(self, script: _Script, key: str, request: Mapping[str, Any], kept: float) -> Any:
         argument = json.dumps(request, allow_nan=False)
         return json.loads(self._call(script, [key], [argument, _milliseconds(kept)]))
 

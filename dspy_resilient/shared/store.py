@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkab
 from dspy_resilient.circuit import CircuitState, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dspy_resilient.policies import CircuitPolicy
 
@@ -182,6 +182,32 @@ class BudgetView:
     spent: int
 
 
+class RateReport(NamedTuple):
+    """What a client takes from a rate.
+
+    Attributes:
+        per_minute: The rate.
+        amount: How much it takes, ahead of sending it; what is negative it gives back.
+        believed: Seconds after which it believes the rate to be full again, without that.
+    """
+
+    per_minute: float
+    amount: float
+    believed: float = 0.0
+
+
+class RateView(NamedTuple):
+    """How rates stand once a report has been heard.
+
+    Attributes:
+        at: The store's clock.
+        full_in: Seconds after which each is full again, by name; negative for since when it is.
+    """
+
+    at: float
+    full_in: dict[str, float]
+
+
 class CacheOrder(NamedTuple):
     """What a client wants done with the answers that it shares.
 
@@ -244,6 +270,14 @@ class Store(Protocol):
 
         What was done in one place after the other counts as done so, between 0 and `most`. A store
         that knows nothing of it (any more) begins with what the client believed.
+        """
+        ...
+
+    def rate(self, key: str, reports: Mapping[str, RateReport]) -> RateView:
+        """Take what `reports` say from the rates `key`, by name, and return how they stand (R53).
+
+        It is taken at once, into debt if need be, and whoever takes it waits until it has been
+        paid for: see `limits.rate.TokenBucket`. So all clients together keep within each rate.
         """
         ...
 

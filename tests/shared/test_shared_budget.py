@@ -26,7 +26,7 @@ ONCE = {"cache": False, "name": "fast", "circuit": False, "api_key": "dummy-key-
 forked = multiprocessing.get_context("fork")
 
 
-def until(holds, seconds=20.0):
+def until(holds, seconds=60.0):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not happen"

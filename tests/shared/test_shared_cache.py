@@ -24,7 +24,7 @@ SHARED = CachePolicy(shared=True, disk=None)
 NAMED = {"name": "fast", "num_retries": 0}
 
 
-def until(holds, seconds=20.0):
+def until(holds, seconds=60.0):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not happen"

@@ -1,0 +1,184 @@
+"""Rates that a client has in common with others of the same credential.
+
+A process takes from the store, ahead of sending, what those need who are next in its queue: that is
+its credit. The store says when the rates will have paid for it, so nobody has to ask twice. Credit
+that is not used (a call was cancelled, an estimate was too high) goes back within `VIEW_AGE`
+seconds. When the store does not answer, these are ordinary rates of this process.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from dspy_resilient.limits import Rates
+from dspy_resilient.limits.rate import BURST_SECONDS
+from dspy_resilient.shared.courier import VIEW_AGE
+from dspy_resilient.shared.link import Link
+from dspy_resilient.shared.store import RateReport, RateView
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dspy_resilient.shared.courier import Courier
+    from dspy_resilient.shared.store import Store
+
+_AHEAD = 2 * VIEW_AGE
+"""Seconds of a rate that a process takes at once, besides what the first in its queue needs.
+
+More would let a process with a long queue keep those with a short one waiting; less would make a
+distant store the limit.
+"""
+
+
+class _Share:
+    """What this process has of one rate.
+
+    Attributes:
+        credit: What it has taken from the store and not sent yet; negative if it owes.
+        need: What those need who are next.
+        full_at: When the rate is full again, as the store has last said: its credit was taken last.
+    """
+
+    __slots__ = ("_burst", "_rate", "credit", "full_at", "need", "per_minute")
+
+    def __init__(self, per_minute: float) -> None:
+        self.per_minute = per_minute
+        self._rate = per_minute / 60.0
+        self._burst = self._rate * BURST_SECONDS
+        self.full_at = -math.inf
+        self.credit = self.need = 0.0
+
+    def turn_at(self, amount: float, before: float) -> float:
+        """Return from when `amount` of the credit may be sent, once `before` has been."""
+        missing = self._burst - min(amount, self._burst)
+        return self.full_at + (before - self.credit - missing) / self._rate
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether nothing more needs to be asked for at once."""
+        return self.need >= self._rate * _AHEAD
+
+
+class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
+    """`Rates` that all clients with the same key keep within together.
+
+    Args:
+        courier: The way to the store.
+        key: Where the state lies.
+        rpm: As for `Rates`; every client goes by its own.
+        tpm: As for `Rates`; every client goes by its own.
+    """
+
+    def __init__(self, courier: Courier, key: str, rpm: float | None, tpm: float | None) -> None:
+        self._courier = courier
+        self._key = key
+        super().__init__(rpm, tpm)
+
+    def renew(self) -> None:
+        """Start without credit: what a forked child does."""
+        super().renew()
+        self._lock = threading.RLock()
+        self._begin(self._courier)
+        self._asked_at: float | None = None
+        rates = {"requests": self._rpm, "tokens": self._tpm}
+        self._shares = {name: _Share(rate) for name, rate in rates.items() if rate is not None}
+
+    def ready_at(self, tokens: float) -> float:
+        """Return when to look whether one request may go: soon, if the store has been asked."""
+        with self._lock:
+            if self.alone:
+                return super().ready_at(tokens)
+            amounts = {"requests": 1, "tokens": tokens}
+            if all(share.credit >= amounts[name] for name, share in self._shares.items()):
+                return self.turn_at(tokens, 0, 0)
+            asked_at = self._courier.clock() if self._asked_at is None else self._asked_at
+            return max(super().ready_at(tokens), asked_at + self.patience)
+
+    def turn_at(self, tokens: float, requests_before: float, tokens_before: float) -> float:
+        """Return from when one request may go behind others, as far as is known here."""
+        with self._lock:
+            if self.alone:
+                return super().turn_at(tokens, requests_before, tokens_before)
+            amounts = {"requests": (1, requests_before), "tokens": (tokens, tokens_before)}
+            turns = (share.turn_at(*amounts[name]) for name, share in self._shares.items())
+            return max(turns, default=-math.inf)
+
+    def take(self, requests: float, tokens: float, now: float) -> None:
+        """Use credit, or get some back; what is sent counts here too, in case the store is lost."""
+        amounts = {"requests": requests, "tokens": tokens}
+        with self._lock:
+            super().take(requests, tokens, now)
+            for name, share in self._shares.items() if not self.alone else ():
+                share.credit -= amounts[name]
+
+    def foresee(self, tokens: Iterable[float]) -> None:
+        """Note what those need who are next, but not what only a later trip has to fetch."""
+        with self._lock:
+            shares = self._shares
+            for share in shares.values():
+                share.need = 0.0
+            for each in tokens:
+                amounts = {"requests": 1, "tokens": each}
+                for name, share in shares.items():
+                    share.need += amounts[name]
+                if any(share.has_enough for share in shares.values()):
+                    break
+
+    def fetch(self) -> None:
+        """Ask for the credit that is missing, or go on without the store if that takes too long."""
+        with self._lock:
+            now = self._courier.clock()
+            lacks = any(share.need > share.credit for share in self._shares.values())
+            if not lacks:
+                self._asked_at = None
+            elif self._asked_at is None and not self.alone:
+                self._asked_at = now
+            hangs = self._asked_at is not None and now >= self._asked_at + self.patience
+            asks = lacks and (self.is_old if self.alone else self._next is None)
+        if hangs:
+            self.go_alone()
+        elif asks:
+            self.ask()
+        if self.wants_news():
+            with suppress(RuntimeError):  # no thread can be started: see `ask`
+                self._courier.watch(self)
+
+    def wants_news(self) -> bool:
+        """Whether there is credit to give back, or a debt that the store has not heard of."""
+        return any(share.credit != share.need for share in self._shares.values())
+
+    # To the store and back; all but `_say` and `_wake` have the lock
+
+    def _draft(self, now: float) -> dict[str, RateReport]:
+        own = {"requests": self._requests, "tokens": self._tokens}
+        reports = {}
+        for name, share in self._shares.items():
+            bucket = own[name]
+            full_at = share.full_at if bucket is None else max(share.full_at, bucket.full_at())
+            believed = max(0.0, full_at - now)
+            reports[name] = RateReport(share.per_minute, share.need - share.credit, believed)
+        return reports
+
+    def _say(self, store: Store, request: dict[str, RateReport]) -> RateView:
+        return store.rate(self._key, request)
+
+    def _hear(self, now: float, request: dict[str, RateReport], reply: RateView) -> None:
+        self._asked_at = None
+        for name, share in self._shares.items():
+            share.credit += request[name].amount
+            share.full_at = now + reply.full_in[name]
+
+    def _do_without(
+        self,
+        now: float,  # noqa: ARG002  # the rates of this process have counted all along
+        request: dict[str, RateReport] | None,  # noqa: ARG002  # if heard, it was for nothing
+    ) -> None:
+        self._asked_at = None
+        for share in self._shares.values():
+            share.credit = 0.0
+
+    def _wake(self) -> None:
+        self.wake()
