@@ -698,6 +698,7 @@ def test_forced_open_refuses_without_end(make, clock):
     assert breaker.wait_time() == math.inf
     rejection = breaker.rejection()
     assert (rejection.reason, rejection.retry_after) == ("maintenance", None)
+    assert "forced open (maintenance): it stays so until auto() or reset()" in str(rejection)
 
 
 def test_forced_open_for_a_time_ends_half_open(make, clock):
@@ -795,7 +796,7 @@ def test_rejection_says_who_why_and_until_when(make):
     error = caught.value
     assert (error.client, error.reason, error.retry_after) == ("fast", "failures", 5.0)
     assert error.last_error == "TimeoutError: no answer"
-    assert "is open (failures): try again in 5.0 s" in str(error)
+    assert f"circuit {breaker.name!r} is open (failures): try again in 5.0 s" in str(error)
     assert breaker.rejection() is not error
 
 
@@ -806,7 +807,9 @@ def test_rejection_in_half_open_promises_no_time(make, clock):
     clock.advance(5)
     breaker.admit()
     assert breaker.rejection().retry_after is None
-    assert "half open" in str(breaker.rejection())
+    assert "half open (failures): its probes are under way; try again soon" in str(
+        breaker.rejection()
+    )
 
 
 def test_refused_calls_are_counted(make):
@@ -904,13 +907,32 @@ def test_switching_by_hand_is_told(make):
     """A change by hand is a change (R25, R70)."""
     heard = []
     breaker = make(listener=heard.append)
-    for switch in ("force_open", "auto", "force_closed", "auto", "force_half_open", "reset"):
+    for switch, event in {
+        "force_open": CircuitOpened,
+        "auto": CircuitHalfOpened,
+        "force_closed": CircuitClosed,
+        "force_half_open": CircuitHalfOpened,
+        "reset": CircuitClosed,
+        "trip": CircuitOpened,
+    }.items():
         getattr(breaker, switch)()
-    kinds = [type(event) for event in heard]
-    assert kinds == [
-        CircuitOpened, CircuitHalfOpened, CircuitClosed, CircuitHalfOpened, CircuitClosed
-    ]  # fmt: skip
+        assert type(heard[-1]) is event
+    assert len(heard) == 6
     assert heard[0].seconds == math.inf
+    breaker.reset()
+    breaker.force_closed()
+    breaker.auto()
+    assert len(heard) == 7
+
+
+def test_half_opening_is_told_when_the_probe_goes(make, clock):
+    """Not only when it returns (R70)."""
+    heard = []
+    breaker = make(listener=heard.append)
+    open_for(breaker, clock)
+    clock.advance(5)
+    breaker.admit()
+    assert type(heard[-1]) is CircuitHalfOpened
 
 
 def test_failing_listener_breaks_nothing_and_is_logged_once(make, caplog):
@@ -928,6 +950,30 @@ def test_failing_listener_breaks_nothing_and_is_logged_once(make, caplog):
     (record,) = caplog.records
     assert (record.msg, record.client) == ("dspy_resilient.listener_failed", "fast")
     assert record.exc_info[0] is KeyError
+
+
+def test_interrupt_in_a_listener_loses_no_permit(make, clock):
+    """Ctrl-C may come while a listener runs; the probe's place is free all the same (R24)."""
+
+    def listener(event):
+        if isinstance(event, CircuitHalfOpened):
+            raise KeyboardInterrupt
+
+    breaker = make(listener=listener)
+    open_for(breaker, clock)
+    clock.advance(5)
+    with pytest.raises(KeyboardInterrupt):
+        breaker.admit()
+    assert (breaker.state, breaker.wait_time()) == ("half_open", 0)
+
+
+def test_nameless_circuit_tells_no_name():
+    """Neither its events nor its refusals do (R70)."""
+    heard = []
+    breaker = CircuitBreaker(CircuitPolicy(), listener=heard.append)
+    breaker.trip()
+    assert (heard[0].client, heard[0].target, breaker.rejection().client) == ("", None, "")
+    assert str(breaker.rejection()).startswith("the circuit is open")
 
 
 def test_listener_may_use_the_circuit(make):

@@ -696,15 +696,15 @@ def test_child_of_a_fork_goes_on(state, held):
         locked.wait()
     child = os.fork()
     if child == 0:
+        usable = False
         try:
             expected = "closed" if held else state
-            usable = breaker.state == expected
+            found, waiting = breaker.state, breaker._signals.waiting
             permit = breaker.try_admit()
-            if expected == "open":
-                usable &= permit is None
-            else:
+            if expected != "open":
                 permit.success()
-                usable &= breaker.closed
+            opened = permit is None and breaker.opened
+            usable = (found, waiting) == (expected, 0) and opened == (expected == "open")
         finally:
             os._exit(0 if usable else 1)
     may_go.set()
