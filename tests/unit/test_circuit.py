@@ -4,7 +4,9 @@ Of the changes of one operator or constant in `machine.py`, those that no test n
 nothing: first values that the first change of state sets anew, a failure counted as slow as well
 (a window counts it once), `/` for `//` before `int`, and edges at which both sides come to the same
 (a hint of 0, the opening at which the longest time is reached). Those of waiting and of early probes are
-noticed in `test_circuit_crowd.py` and `test_early_probes.py`.
+noticed in `test_circuit_crowd.py` and `test_early_probes.py`. In `breaker.py` they are: the jitter's
+source, which is read where circuits are shared, a number that no generation has, the shortcut of a
+closed circuit, a default lease below the shortest, and a default that every caller fills in.
 """
 
 from __future__ import annotations
@@ -716,7 +718,7 @@ def test_forced_open_for_a_time_ends_half_open(make, clock):
 @pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
 def test_forced_open_time_must_make_sense(make, seconds):
     """Bad arguments are refused by name (R25)."""
-    with pytest.raises(ValueError, match="seconds"):
+    with pytest.raises(ValueError, match=r"^CircuitBreaker.force_open: seconds must"):
         make().force_open(seconds=seconds)
 
 
@@ -747,6 +749,14 @@ def test_auto_leaves_the_rest_alone(make):
     breaker.trip()
     breaker.auto()
     assert breaker.opened
+
+
+@pytest.mark.parametrize("switch", ["trip", "force_open"])
+def test_whoever_gives_no_reason_did_it_by_hand(make, switch):
+    """And it can be read (R25)."""
+    breaker = make()
+    getattr(breaker, switch)()
+    assert breaker.reason == "manual"
 
 
 def test_force_half_open_lets_a_probe_through_now(make):
@@ -796,7 +806,8 @@ def test_rejection_says_who_why_and_until_when(make):
     error = caught.value
     assert (error.client, error.reason, error.retry_after) == ("fast", "failures", 5.0)
     assert error.last_error == "TimeoutError: no answer"
-    assert f"circuit {breaker.name!r} is open (failures): try again in 5.0 s" in str(error)
+    says = f"circuit {breaker.name!r} is open (failures): try again in 5.0 s"
+    assert str(error).startswith(says)
     assert breaker.rejection() is not error
 
 
@@ -999,13 +1010,13 @@ def test_words_are_those_of_the_vocabulary():
 
 def test_repr_names_it_and_its_state(make):
     """A circuit can be read in a debugger."""
-    assert repr(make()).startswith("<CircuitBreaker 'c")
-    assert repr(make()).endswith(": closed>")
+    breaker = make()
+    assert repr(breaker) == f"<CircuitBreaker {breaker.name!r}: closed>"
 
 
 def test_policy_and_package_arguments_exclude_each_other():
     """Nothing is accepted and ignored."""
-    with pytest.raises(TypeError, match="fields of the policy"):
+    with pytest.raises(TypeError, match=r"^CircuitBreaker: .* fields of the policy"):
         CircuitBreaker(CircuitPolicy(), failure_threshold=3)
-    with pytest.raises(TypeError, match="fields of the policy"):
+    with pytest.raises(TypeError, match=r"^CircuitBreaker: .* fields of the policy"):
         CircuitBreaker(CircuitPolicy(), 30)
