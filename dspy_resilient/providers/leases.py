@@ -20,6 +20,8 @@ from dspy_resilient.providers import cached, closing
 if TYPE_CHECKING:
     from dspy_resilient.providers.closing import HttpClient
 
+Loop = asyncio.AbstractEventLoop
+
 _using: ContextVar[Use | None] = ContextVar("dspy_resilient_using", default=None)
 
 
@@ -59,6 +61,11 @@ class _Leased:
         if not self.users:
             self.close()
 
+    def retired_on(self, loop: Loop) -> HttpClient | None:
+        """Return what it sends through, if it is retired, of `loop`, and nobody else's."""
+        is_it = self.is_retired and self._loop is not None and self._loop() is loop
+        return self._http() if is_it and not self.is_foreign else None
+
     def close(self) -> None:
         """Close the client, unless others than we may be using it: they drop it when they end."""
         client, http = self._client(), self._http()
@@ -87,6 +94,12 @@ class _Leases:
     def renew(self) -> None:
         """Forget all in a forked child: these clients are the parent's."""
         self._by_client.clear()
+
+    def retired(self, loop: Loop) -> list[HttpClient]:
+        """Return what was taken out of LiteLLM's cache and would be closed by an attempt on `loop`."""
+        clients = [each for ref in self._by_client.keyrefs() if (each := ref()) is not None]
+        known = [leased for each in clients if (leased := self._by_client.get(each)) is not None]
+        return [http for each in known if (http := each.retired_on(loop)) is not None]
 
 
 _leases = _Leases()
@@ -167,6 +180,11 @@ class Use:
                 leased.close()
         with suppress(ValueError):  # the collector ends it in another context
             _using.reset(self._token)
+
+
+def retired(loop: Loop) -> list[HttpClient]:
+    """Return the HTTP clients of `loop` that their last attempt was to close."""
+    return _leases.retired(loop)
 
 
 def count_uses(cache: Any) -> None:

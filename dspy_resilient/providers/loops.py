@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Unpack
 
 from dspy_resilient.providers import cached, closing
-from dspy_resilient.providers.leases import count_uses
+from dspy_resilient.providers.leases import count_uses, retired
 from dspy_resilient.providers.making import Configuration
 from dspy_resilient.providers.perloop import Reports, unshare
 from dspy_resilient.providers.pool import pool, pooled
@@ -91,7 +91,7 @@ class _Loops:
             left = [(loop, self._tended.pop(loop)) for loop in loops]
         for loop, tended in left:
             tended.reports.drop()
-            for http in _take_clients(loop, busy=True):
+            for http in [*_take_clients(loop, busy=True), *retired(loop)]:
                 with contextlib.suppress(Exception):
                     closing.abandon(http)
 

@@ -183,11 +183,14 @@ def test_call_is_under_way_no_more(provider, make, strand, hold):
     assert time.monotonic() - started < PATIENCE / 2
 
 
-def test_its_memory_comes_back(make, strand, kept, hold):
+@pytest.mark.parametrize("restarts", [False, True])
+def test_its_memory_comes_back(make, strand, kept, hold, restarts):
     """Once another loop has cleaned up after it, connections included (R34)."""
     lm = make()
     strand(lm, "q")
     task = weakref.ref(kept.pop())
+    if restarts:
+        lm.restart()
     assert lm.health().in_flight == 0
     asyncio.run(providers.tend())
     gc.collect()
