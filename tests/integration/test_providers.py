@@ -33,6 +33,7 @@ PROVIDERS = (
     "hosted_vllm",
     "openrouter",
     "ollama_chat",
+    "ollama",
 )
 KEY = "dummy-key-for-tests"
 # LiteLLM 1.106 sends again, once and silently, when the connection of an async call through a handler
@@ -91,13 +92,14 @@ def test_an_answer_takes_one_request_with_nothing_of_ours_in_it(provider, lm, as
     assert lm.circuit.state == "closed"
 
 
-def test_a_tool_call_comes_back(provider, prefix, ask):
+def test_a_tool_call_comes_back(provider, prefix, model_type, lm, ask):
     """In each dialect (R5, R30)."""
     provider.answer = {"tool_calls": [{"name": "find", "arguments": {"city": "Paris"}}]}
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
-    tool = {"type": "function", "function": {"name": "find", "parameters": parameters}}
-    with client(prefix, provider) as lm:
-        (answer,) = ask(lm, "?", tools=[tool])
+    tool = {"name": "find", "parameters": parameters}
+    if model_type == "chat":
+        tool = {"function": tool}
+    (answer,) = ask(lm, "?", tools=[{"type": "function", **tool}])
     (call,) = answer["tool_calls"]
     assert "Paris" in str(call)
     assert len(sent(provider)) == 1
@@ -162,7 +164,7 @@ async def stream(lm):
 
 @pytest.fixture
 def streaming(prefix, provider):
-    """A client for streams, of a provider that answers as DSPy wants it."""
+    """A client for streams, of a provider that answers as DSPy wants it; DSPy streams no Responses."""
     provider.answer = dspy_answers({"Capital of France?": "Paris"})
     with client(prefix, provider) as made:
         yield made

@@ -45,7 +45,10 @@ def _chat_piece(text: str, reply: Reply | None = None) -> dict[str, Any]:
     return {"message": said}
 
 
-def _generate_piece(text: str, _: Reply | None = None) -> dict[str, Any]:
+def _generate_piece(text: str, reply: Reply | None = None) -> dict[str, Any]:
+    if reply is not None and reply.tool_calls:  # there are no tools here: LiteLLM asks for JSON
+        call = reply.tool_calls[0]
+        text += json.dumps({"name": call.name, "arguments": dict(call.arguments)})
     return {"response": text}
 
 
