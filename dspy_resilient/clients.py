@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dspy_resilient.blocks import ClosedAtEnd
 from dspy_resilient.errors import ClientClosedError
 from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.health import Health, HealthState
@@ -37,7 +38,7 @@ class _Started(NamedTuple):
         return self.lm.health().state is not HealthState.CLOSED
 
 
-class Clients(Mapping[str, ResilientLM]):
+class Clients(ClosedAtEnd, Mapping[str, ResilientLM]):
     """Named `ResilientLM`s: one per name, started once, closed together.
 
     A mapping from name to client, in the order in which they were started. Safe for threads, event
@@ -213,22 +214,6 @@ class Clients(Mapping[str, ResilientLM]):
     def __len__(self) -> int:
         """Return how many clients there are."""
         return len(self._started)
-
-    def __enter__(self) -> Self:
-        """Return these clients; they are closed at the end of the block."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close all clients."""
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        """Return these clients; they are closed at the end of the block."""
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close all clients."""
-        await self.aclose()
 
     def __eq__(self, other: object) -> bool:
         """Return whether `other` is this very object: two of them never hold the same clients."""

@@ -19,6 +19,7 @@ from dspy.utils.callback import with_callbacks
 
 from dspy_resilient import drive
 from dspy_resilient.attempt import called_by_adapter, is_sending
+from dspy_resilient.blocks import ClosedAtEnd
 from dspy_resilient.cache import disk_folder, tenant_of
 from dspy_resilient.call import complete
 from dspy_resilient.events import CallFinished
@@ -71,7 +72,7 @@ def _with_callbacks(method: _Method) -> _Method:
     return decorated
 
 
-class ResilientLM(dspy.LM):
+class ResilientLM(ClosedAtEnd, dspy.LM):
     """A `dspy.LM` with a cache, a circuit breaker, retries, limits and fallbacks of its own.
 
     Takes every argument of `dspy.LM`, in the same order and with the same meaning, and can be used
@@ -603,22 +604,6 @@ class ResilientLM(dspy.LM):
     def health(self) -> Health:
         """Return whether calls would be answered at present, and how many are under way."""
         return health_of(self._runtime, self.model, self._runtime.routes.find(self, {}))
-
-    def __enter__(self) -> Self:
-        """Return the client; it is closed at the end of the block."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the client."""
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        """Return the client; it is closed at the end of the block."""
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the client."""
-        await self.aclose()
 
     def __repr__(self) -> str:
         """Return name, model and state; no setting that could hold a secret."""

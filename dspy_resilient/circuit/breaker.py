@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random as random_numbers
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from dspy_resilient.circuit.describe import condition, describe
 from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.circuit.permit import Permit
 from dspy_resilient.circuit.state import CircuitState, Outcome
-from dspy_resilient.circuit.waiting import Places, Signals, Turnstile
+from dspy_resilient.circuit.waiting import Turnstile
 from dspy_resilient.errors import CircuitOpenError
 from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.policies import CircuitPolicy, number
@@ -101,13 +100,8 @@ class CircuitBreaker(Turnstile, Wrapping):
         super().__init__(expected_exception=expected_exception, fallback_function=fallback_function)
         self.policy = policy
         self.client = client
-        self._clock = clock
         self._random = random
-        # Re-entrant: the garbage collector may close an abandoned generator on this very thread
-        # while it is in here, and the generator then reports its permit.
-        self._lock = threading.RLock()
-        self._signals = Signals(listener)
-        self._places = Places()
+        self._set_up(clock, listener)
         self._machine = Machine(
             policy,
             clock(),
@@ -287,11 +281,9 @@ class CircuitBreaker(Turnstile, Wrapping):
     def renew(self) -> None:
         """Make the circuit usable in a forked child, where its callers do not exist."""
         torn = not self._lock.acquire(blocking=False)  # another thread was in the middle of it
-        self._lock = threading.RLock()
         if torn:
             self._machine.forget(self._clock())
-        self._places.clear()
-        self._signals.renew()
+        super().renew()
 
     # Looking
 

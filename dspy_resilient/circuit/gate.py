@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import random as random_numbers
-import threading
 import time
 from typing import TYPE_CHECKING
 
-from dspy_resilient.circuit.waiting import Places, Signals, Turnstile
+from dspy_resilient.circuit.waiting import Turnstile
 from dspy_resilient.events import Throttled
 from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.policies import number
@@ -100,15 +99,11 @@ class ThrottleGate(Turnstile):
         target: str | None = None,
     ) -> None:
         number("ThrottleGate", "max_retry_after", max_retry_after)
+        self._set_up(clock, listener)
         self._max_retry_after = max_retry_after
-        self._clock = clock
         self._random = random
         self._client = client
         self._target = target
-        # Re-entrant for the same reason as the circuit's: see `CircuitBreaker`.
-        self._lock = threading.RLock()
-        self._signals = Signals(listener)
-        self._places = Places()
         self._open = True
         self._generation = 0
         self._closed_until = -math.inf
@@ -220,12 +215,6 @@ class ThrottleGate(Turnstile):
             "open" if wait == 0 else "reopening" if math.isinf(wait) else f"closed for {wait:.1f} s"
         )
         return f"<ThrottleGate {self._target!r}: {how}>"
-
-    def renew(self) -> None:
-        """Make the gate usable in a forked child, where its callers do not exist."""
-        self._lock = threading.RLock()
-        self._signals.renew()
-        self._places.clear()
 
     # Under the lock
 

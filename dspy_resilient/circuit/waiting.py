@@ -146,14 +146,24 @@ class Signals:
 class Turnstile:
     """Something that callers may have to wait at, in line and without a timer.
 
-    The owner provides `_lock`, `_clock`, `_signals`, `_places` and `_wait`.
+    Whoever is one calls `_set_up` first, and says how long the wait is.
     """
 
-    _lock: threading.RLock
-    _clock: Callable[[], float]
-    _signals: Signals
-    _places: Places
     _told_until = -math.inf
+
+    def _set_up(self, clock: Callable[[], float], listener: Listener | None) -> None:
+        self._clock = clock
+        # Re-entrant: the garbage collector may close an abandoned generator on this very thread
+        # while it is in here, and the generator then reports its permit.
+        self._lock = threading.RLock()
+        self._signals = Signals(listener)
+        self._places = Places()
+
+    def renew(self) -> None:
+        """Make it usable in a forked child, where its callers do not exist."""
+        self._lock = threading.RLock()
+        self._places.clear()
+        self._signals.renew()
 
     @abstractmethod
     def _wait(self, now: float) -> float:
