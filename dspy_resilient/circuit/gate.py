@@ -180,8 +180,7 @@ class ThrottleGate(Turnstile):
             self._closings = 0
             self._hinted_until = self._closed_until = -math.inf
             self._throttled_since = None
-            self._open = True
-            self._signals.call()
+            self._open_up()
         self._signals.send()
 
     # Looking
@@ -276,7 +275,12 @@ class ThrottleGate(Turnstile):
         self._allowed *= 2
         under_way = self._places.taken(now)
         if self._allowed >= max(_FULL, under_way + self._signals.waiting):
-            self._open = True
-            self._signals.call()
+            self._open_up()
         else:
             self._signals.call(self._allowed - under_way)
+
+    def _open_up(self) -> None:
+        """Let everybody through: nobody needs a place any more, nor gives one back."""
+        self._open = True
+        self._places.clear()
+        self._signals.call()

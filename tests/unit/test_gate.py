@@ -355,6 +355,23 @@ def test_reset_forgets_everything(make, clock):
     assert close(gate) == 1
 
 
+def test_gate_that_opens_keeps_nobodys_place(make, clock):
+    """Those still under way report to an open gate, which asks for no place back (R28)."""
+    by_hand, by_answers = make(), make()
+    for gate in (by_hand, by_answers):
+        close(gate)
+        clock.advance(gate.wait_time())
+    late = [by_hand.admit()]
+    by_hand.reset()
+    while by_answers.wait_time() == 0 and not by_answers._open:
+        ticket, *others = under_way(by_answers)
+        late += others
+        ticket.answered()
+    for ticket in late:
+        ticket.answered()
+    assert by_hand._places.taken(-math.inf) == by_answers._places.taken(-math.inf) == 0
+
+
 def test_what_another_client_heard_closes_it_too(make, clock):
     """It is news if the pause that is known here is over, and a longer one holds (R28)."""
     gate = make(max_retry_after=60.0)
