@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from dspy_resilient.cache.codec import decode, encode
 from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.shared.link import Link
-from dspy_resilient.shared.store import MOST_TEXT, CacheOrder
+from dspy_resilient.shared.store import MOST_TEXT, CacheOrder, Verb
 
 if TYPE_CHECKING:
     from dspy_resilient.cache import Answer
     from dspy_resilient.shared.courier import Courier
-    from dspy_resilient.shared.store import CachedText, Store
+    from dspy_resilient.shared.store import CachedText
 
     Found: TypeAlias = Future[Answer | None]
 
@@ -106,16 +106,18 @@ class SharedAnswers(Link["list[_Errand]", "list[Answer | None]"]):
         self._outbox.append(_Errand(order, answer, found))
         return found
 
-    # To the store and back; all but `_say` and `_wake` have the lock
+    # To the store and back; `_draft`, `_hear` and `_do_without` have the lock
 
     def _draft(self, now: float) -> list[_Errand]:  # noqa: ARG002  # nothing here has a time
         return [self._outbox.popleft() for _ in range(min(_AT_ONCE, len(self._outbox)))]
 
-    def _say(self, store: Store, request: list[_Errand]) -> list[Answer | None]:
-        texts = store.cache(self._key, [_worded(each) for each in request])
-        return [self._read(each.order, text) for each, text in zip(request, texts, strict=True)]
+    def _say(self, request: list[_Errand]) -> Verb:
+        return Verb("cache", (self._key, [_worded(each) for each in request]))
 
-    def _read(self, order: CacheOrder, text: CachedText | None) -> Answer | None:
+    def _read(self, request: list[_Errand], reply: list[CachedText | None]) -> list[Answer | None]:
+        return [self._answer(each.order, text) for each, text in zip(request, reply, strict=True)]
+
+    def _answer(self, order: CacheOrder, text: CachedText | None) -> Answer | None:
         if text is None:
             return None
         try:

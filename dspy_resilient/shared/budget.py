@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 from dspy_resilient.limits import RetryBudget
 from dspy_resilient.shared.link import Link
-from dspy_resilient.shared.store import BudgetReport, BudgetView
+from dspy_resilient.shared.store import BudgetReport, BudgetView, Verb
 
 if TYPE_CHECKING:
     from dspy_resilient.shared.courier import Courier
-    from dspy_resilient.shared.store import Store
 
 
 class SharedBudget(Link[BudgetReport, BudgetView], RetryBudget):
@@ -89,8 +88,8 @@ class SharedBudget(Link[BudgetReport, BudgetView], RetryBudget):
         self._net = self._least = 0
         return report
 
-    def _say(self, store: Store, request: BudgetReport) -> BudgetView:
-        return store.budget(self._key, request)
+    def _say(self, request: BudgetReport) -> Verb:
+        return Verb("budget", (self._key, request))
 
     def _hear(
         self,

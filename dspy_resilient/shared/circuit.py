@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspy_resilient.circuit import CircuitBreaker, CircuitState, Outcome, Permit
 from dspy_resilient.circuit.describe import describe
-from dspy_resilient.shared.courier import VIEW_AGE, Courier
-from dspy_resilient.shared.link import Link
-from dspy_resilient.shared.store import CircuitReport, CircuitVerdict, CircuitView
+from dspy_resilient.shared.link import VIEW_AGE, Link
+from dspy_resilient.shared.store import CircuitReport, CircuitVerdict, CircuitView, Verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from concurrent.futures import Future
 
     from dspy_resilient.policies import CircuitPolicy
-    from dspy_resilient.shared.store import Store
+    from dspy_resilient.shared.courier import Courier
 
 _CLOSED, _HALF_OPEN = CircuitState.CLOSED, CircuitState.HALF_OPEN
 _SUCCESS, _FAILURE, _NEUTRAL = Outcome.SUCCESS, Outcome.FAILURE, Outcome.NEUTRAL
@@ -269,8 +268,8 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
             draw=self._random(),
         )
 
-    def _say(self, store: Store, request: CircuitReport) -> CircuitView:
-        return store.circuit(self._key, self.policy, request)
+    def _say(self, request: CircuitReport) -> Verb:
+        return Verb("circuit", (self._key, self.policy, request))
 
     def _hear(self, now: float, request: CircuitReport, reply: CircuitView) -> None:
         machine = self._machine

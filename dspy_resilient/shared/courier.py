@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 from dspy_resilient.circuit.describe import describe
 from dspy_resilient.events import StoreFound, StoreLost
 from dspy_resilient.fork import renew_after_fork
+from dspy_resilient.shared.link import VIEW_AGE, carry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dspy_resilient.shared.link import Link
     from dspy_resilient.shared.store import Store
-
-VIEW_AGE = 0.25
-"""Seconds: a client acts on nothing older that the store has said, while the store answers."""
 
 _IDLE = 5.0
 
@@ -111,10 +109,14 @@ class Courier:
         errands = self._errands
         while True:
             try:
-                errands.get(timeout=VIEW_AGE if self._watched else _IDLE).carry(self.store)
+                links = [errands.get(timeout=VIEW_AGE if self._watched else _IDLE)]
             except Empty:
                 if self._may_leave():
                     return
+            else:
+                while not errands.empty():  # nobody else takes any
+                    links.append(errands.get())
+                carry(self.store, links)
             self._look_round()
 
     def _look_round(self) -> None:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from dspy_resilient.circuit import GatePass, ThrottleGate
 from dspy_resilient.shared.link import Link
-from dspy_resilient.shared.store import ThrottleReport, ThrottleView
+from dspy_resilient.shared.store import ThrottleReport, ThrottleView, Verb
 
 if TYPE_CHECKING:
     from dspy_resilient.shared.courier import Courier
-    from dspy_resilient.shared.store import Store
 
 
 class SharedGate(Link[ThrottleReport, ThrottleView], ThrottleGate):
@@ -85,8 +84,8 @@ class SharedGate(Link[ThrottleReport, ThrottleView], ThrottleGate):
             reset=reset,
         )
 
-    def _say(self, store: Store, request: ThrottleReport) -> ThrottleView:
-        return store.throttle(self._key, request)
+    def _say(self, request: ThrottleReport) -> Verb:
+        return Verb("throttle", (self._key, request))
 
     def _hear(
         self,

@@ -9,23 +9,54 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Generic, TypeVar
-
-from dspy_resilient.shared.courier import VIEW_AGE
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Iterable
 
     from dspy_resilient.shared.courier import Courier
-    from dspy_resilient.shared.store import Store
+    from dspy_resilient.shared.store import Store, Verb
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
+
+VIEW_AGE = 0.25
+"""Seconds: a client acts on nothing older that the store has said, while the store answers."""
 
 PATIENCE = 0.25
 """Seconds that a call waits for the store before it goes on with what its own client knows."""
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+
+
+class Trip(NamedTuple):
+    """What is under way between a link and the store.
+
+    Attributes:
+        link: Whose it is.
+        request: What the link wants to say.
+        verb: The same in the words of the store.
+        future: Resolved when the link has heard what came of it.
+    """
+
+    link: Link[Any, Any]
+    request: Any
+    verb: Verb
+    future: Future[bool]
+
+
+def carry(store: Store, links: Iterable[Link[Any, Any]]) -> None:
+    """Say to the store, in one go, what `links` have to say, and let each hear what comes of it."""
+    trips = [trip for link in dict.fromkeys(links) if (trip := link.set_out()) is not None]
+    if not trips:
+        return
+    try:
+        replies = store.together([trip.verb for trip in trips])
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is a fault of the store
+        replies = [error] * len(trips)
+    for trip, reply in zip(trips, replies, strict=True):
+        trip.link.come_back(trip, reply)
 
 
 class Link(ABC, Generic[Request, Reply]):
@@ -65,8 +96,13 @@ class Link(ABC, Generic[Request, Reply]):
         """Return what is to be said; has the lock."""
 
     @abstractmethod
-    def _say(self, store: Store, request: Request) -> Reply:
-        """Say it, and return the answer."""
+    def _say(self, request: Request) -> Verb:
+        """Return it in the words of the store; without the lock."""
+
+    def _read(self, request: Request, reply: Any) -> Reply:  # noqa: ARG002  # it may explain it
+        """Return what the store's reply means; without the lock."""
+        answer: Reply = reply
+        return answer
 
     @abstractmethod
     def _hear(self, now: float, request: Request, reply: Reply) -> None:
@@ -113,29 +149,38 @@ class Link(ABC, Generic[Request, Reply]):
             self.go_alone(error)
         return future
 
-    def carry(self, store: Store) -> None:
-        """Say what there is to say; called by the courier."""
+    def set_out(self) -> Trip | None:
+        """Return what the courier has to carry, or None if it has been carried."""
         with self._lock:
             future, self._next = self._next, None
             if future is None:
-                return
+                return None
             request = self._under_way = self._draft(self._courier.clock())
             self._arrives = future
+        return Trip(self, request, self._say(request), future)
+
+    def come_back(self, trip: Trip, reply: Any) -> None:
+        """Act on what the courier has brought: an answer, or an exception."""
         fault: Exception | None = None
         try:
-            reply = self._say(store, request)
-            with self._lock:
-                now = self._courier.clock()
-                self.alone, self._faults, self._heard_at = False, 0, now
-                self._under_way = None
-                self._hear(now, request, reply)
+            self._accept(trip.request, reply)
         except Exception as error:  # noqa: BLE001  # whatever it is, no call may end with it
             fault = error
             with self._lock:
-                self._lose(request if self._under_way is request else None)
-        future.set_result(True)
+                self._lose(trip.request if self._under_way is trip.request else None)
+        trip.future.set_result(True)
         self._wake()
         self._courier.contact.note(self, fault)
+
+    def _accept(self, request: Request, reply: Any) -> None:
+        if isinstance(reply, Exception):
+            raise reply
+        heard = self._read(request, reply)
+        with self._lock:
+            now = self._courier.clock()
+            self.alone, self._faults, self._heard_at = False, 0, now
+            self._under_way = None
+            self._hear(now, request, heard)
 
     def go_alone(self, error: Exception | None = None) -> None:
         """Go on without the store, for which a call has waited long enough."""

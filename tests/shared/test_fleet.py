@@ -292,6 +292,6 @@ def test_a_restarted_server_is_sent_the_script_again(provider, valkey, patient, 
 
 
 def script_name():
-    from dspy_resilient.shared.redis import _CIRCUIT
+    from dspy_resilient.shared.scripts import CIRCUIT
 
-    return _CIRCUIT.sha
+    return CIRCUIT.sha

@@ -16,6 +16,7 @@ from dspy_resilient import ResilientLM, RetryPolicy
 from dspy_resilient.limits import RetryBudget
 from dspy_resilient.shared import MemoryStore
 from dspy_resilient.shared.budget import SharedBudget
+from dspy_resilient.shared.link import carry
 from dspy_resilient.shared.store import BudgetReport
 from dspy_resilient.testing import Status
 
@@ -195,11 +196,11 @@ class Errands:
     def go(self, store=None):
         links, self.links = self.links, []
         for link in links:
-            link.carry(store or self.store)
+            carry(store or self.store, [link])
 
 
 class Away:
-    def budget(self, *_):
+    def together(self, _):
         raise ConnectionError
 
 

@@ -24,6 +24,7 @@ from dspy_resilient.events import StoreFound, StoreLost
 from dspy_resilient.limits import Limiter
 from dspy_resilient.limits.rate import BURST_SECONDS
 from dspy_resilient.shared import MemoryStore
+from dspy_resilient.shared.link import carry
 from dspy_resilient.shared.rates import SharedRates
 from dspy_resilient.shared.store import RateReport
 from dspy_resilient.testing import Clock
@@ -268,7 +269,7 @@ class Simulation:
         now = self.now()
         for each in [each for each in self.trips if each[0] <= now]:
             self.trips.remove(each)
-            each[1].carry(self.store)
+            carry(self.store, [each[1]])
         for link in list(self.watched):
             if not link.wants_news():
                 self.watched.remove(link)
