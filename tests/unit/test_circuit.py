@@ -6,7 +6,8 @@ nothing: first values that the first change of state sets anew, a failure counte
 (a hint of 0, the opening at which the longest time is reached). Those of waiting and of early probes are
 noticed in `test_circuit_crowd.py` and `test_early_probes.py`. In `breaker.py` they are: the jitter's
 source, which is read where circuits are shared, a number that no generation has, the shortcut of a
-closed circuit, a default lease below the shortest, and a default that every caller fills in.
+closed circuit, a default lease below the shortest, and a default that every caller fills in; in
+`describe.py` how much of an endless text is read.
 """
 
 from __future__ import annotations
@@ -843,6 +844,25 @@ def test_last_error_is_a_redacted_text(make):
     assert breaker.last_error.startswith("ServerError 503: bad key *** xxx")
     assert SECRET[:8] not in breaker.last_error
     assert len(breaker.last_error) < 250
+
+
+@pytest.mark.parametrize("attribute", ["status", "status_code"])
+def test_last_error_has_the_status_whatever_it_is_called(make, attribute):
+    """DSPy's errors have one, the SDKs' the other (R71)."""
+    error = ConnectionError("gone")
+    setattr(error, attribute, 503)
+    breaker = make()
+    fail(breaker, error=error)
+    assert breaker.last_error == "ConnectionError 503: gone"
+
+
+def test_long_text_is_cut(make):
+    """200 characters are kept, and what follows is hinted at (R71)."""
+    breaker = make()
+    fail(breaker, error="word " * 39 + "words")
+    assert breaker.last_error == "word " * 39 + "words"
+    fail(breaker, error="word " * 39 + "words!")
+    assert breaker.last_error == "word " * 39 + "words..."
 
 
 def test_given_text_is_redacted_too(make):

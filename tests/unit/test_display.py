@@ -161,7 +161,11 @@ def test_a_hostile_name_cannot_steer_a_terminal():
         (lambda b: b.force_open("tea"), "forced open for 0.0 s (tea), until auto() or reset()"),
         (lambda b: b.force_open("tea", 300), "forced open for 0.0 s (tea), for 5 min more"),
         (lambda b: b.force_half_open(), "half open for 0.0 s, until probes have been answered"),
-        (lambda b: b.force_closed(), "forced closed for 0.0 s, until auto() or reset()"),
+        (lambda b: b.force_open("tea", 0.5), "forced open for 0.0 s (tea), for 0.5 s more"),
+        (
+            lambda b: (b.trip("tea"), b.force_closed()),
+            "forced closed for 0.0 s, until auto() or reset()",
+        ),
     ],
 )
 def test_a_circuit_says_what_why_since_when_and_until_when(act, says):
