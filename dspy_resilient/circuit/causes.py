@@ -66,9 +66,8 @@ class Causes:
         return any(phrase in text for text in texts for phrase in phrases)
 
     def attributes(self, name: str) -> Iterator[Any]:
-        """Yield the attribute `name` of every error that has it."""
-        values = (_get(each, name) for each in self.chain)
-        return (value for value in values if value is not None)
+        """Yield the attribute `name` of every error, None where there is none."""
+        return (_get(each, name) for each in self.chain)
 
     def headers(self) -> Iterator[dict[str, str]]:
         """Yield the response headers each error carries, by lower-case name."""

@@ -10,6 +10,7 @@ import json
 import socket
 import ssl
 import sys
+import time
 
 import anyio
 import dspy
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_resilient import errors
+from dspy_resilient.circuit.causes import Causes
 from dspy_resilient.circuit.outcome import (
     Kind,
     classify,
@@ -198,6 +200,17 @@ TABLE = {
         ),
         Kind.LOCAL,
     ),
+    "an error of the OpenAI SDK about a request": (
+        linked(
+            dspy.LMServerError(status=500),
+            openai.APIConnectionError(request=httpx.Request("POST", "http://provider/v1")),
+        ),
+        Kind.FAILURE,
+    ),
+    "somebody else's OpenAIError": (
+        linked(dspy.LMServerError(status=500), named("OpenAIError")),
+        Kind.FAILURE,
+    ),
     "missing key, native engine": (dspy.LMNotConfiguredError(), Kind.LOCAL),
     "an address that is none": (
         linked(dspy.LMServerError(status=500), httpx.UnsupportedProtocol("x")),
@@ -324,6 +337,21 @@ def test_what_the_caller_was_handling_is_no_cause():
     assert (verdict.kind, verdict.retry_after) == (Kind.REQUEST, None)
 
 
+def test_what_the_attempt_was_handling_is_a_cause():
+    """A wrapper need not say `from`, as long as it is not a caller's (5)."""
+
+    def attempt():
+        try:
+            raise wire(429, {"retry-after": "7"})
+        except httpx.HTTPStatusError:
+            raise dspy.LMUnexpectedError  # noqa: B904
+
+    with pytest.raises(dspy.LMUnexpectedError) as caught:
+        attempt()
+    verdict = classify(caught.value)
+    assert (verdict.kind, verdict.retry_after) == (Kind.THROTTLED, 7.0)
+
+
 async def test_what_the_awaiting_coroutine_was_handling_is_no_cause():
     """The same across `await`."""
 
@@ -342,6 +370,66 @@ async def test_what_the_awaiting_coroutine_was_handling_is_no_cause():
 
 
 @pytest.mark.parametrize(
+    ("value", "status"),
+    [
+        *((code, code) for code in (100, 599)),
+        ("503", 503),
+        *((rubbish, None) for rubbish in (99, 600, "700", True, "4o4", 503.0, None)),
+    ],
+)
+def test_only_http_statuses_count(value, status):
+    """Errors call many things a status (5)."""
+    assert Causes(named("X", status_code=value)).status == status
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        (named("APIError", response=named("MadeUp", status_code=500)), wire(503)),
+        (named("HTTPStatusError"), wire(503)),
+        (named("APIError", status_code=500), wire(503), wire(429)),
+    ],
+    ids=["a response LiteLLM made up", "none", "two"],
+)
+def test_what_came_over_the_wire_is_the_status(chain):
+    """LiteLLM hangs a response of its own on its errors, with a status of its own (5)."""
+    causes = Causes(linked(*chain))
+    assert causes.wire_status == causes.status == 503
+
+
+def test_rubbish_among_the_headers_is_left_out():
+    """Whoever has put it there (R28)."""
+    headers = {7: "7", "object": object(), "empty": (), "Retry-After": "7"}
+    assert list(Causes(named("X", headers=headers)).headers()) == [{"retry-after": "7"}]
+
+
+@pytest.mark.parametrize(
+    ("error", "codes"),
+    [
+        (named("X", code="one", body={"error": {"code": "two", "type": "three"}}), "one two three"),
+        (named("X", body={"code": "one"}), "one"),
+        (named("X", body={"error": {"code": 7, "type": "one"}}), "one"),
+        (named("X", body="one"), ""),
+        (dspy.LMServerError(provider_code="one"), "one"),
+        (dspy.LMServerError(), ""),
+        (linked(named("X", code="one"), named("X", code="two")), "one two"),
+    ],
+)
+def test_codes_are_found_wherever_they_are(error, codes):
+    """In attributes and bodies; DSPy's classes have a code of their own, which is none (5)."""
+    assert list(Causes(error).codes()) == codes.split()
+
+
+def test_headers_of_the_outermost_error_come_first():
+    """And of one error, those that LiteLLM has kept (R28)."""
+    error = linked(
+        named("X", litellm_response_headers={"Retry-After": 7}, headers={"retry-after": "8"}),
+        wire(429, {"retry-after": "9"}),
+    )
+    assert [found["retry-after"] for found in Causes(error).headers()] == ["7", "9"]
+
+
+@pytest.mark.parametrize(
     ("headers", "seconds"),
     [
         ({"Retry-After": "7"}, 7.0),
@@ -350,6 +438,8 @@ async def test_what_the_awaiting_coroutine_was_handling_is_no_cause():
         ({"retry-after-ms": "250", "retry-after": "7"}, 0.25),
         ({"retry-after": email.utils.formatdate(NOW + 90, usegmt=True)}, 90.0),
         ({"x-ratelimit-reset-requests": "1s"}, 1.0),
+        ({"x-ratelimit-reset-requests": " 1s "}, 1.0),
+        ({"x-ratelimit-reset-requests": "1sec"}, None),
         ({"x-ratelimit-reset-tokens": "6m0s"}, 360.0),
         ({"x-ratelimit-reset-tokens": "20ms"}, 0.02),
         ({"x-ratelimit-reset-tokens": "2m59.56s"}, 179.56),
@@ -422,6 +512,24 @@ def test_the_hint_is_found_anywhere_on_the_chain(error):
     assert classify(error, wall=wall).retry_after == 7.0
 
 
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="needs tzset")
+@pytest.mark.parametrize("date", ["2026-09-21T14:14:10", "Mon, 21 Sep 2026 14:14:10 -0000"])
+def test_a_date_without_a_zone_is_in_utc(monkeypatch, date):
+    """Wherever this machine is (R28)."""
+    monkeypatch.setenv("TZ", "Etc/GMT-9")
+    time.tzset()
+    try:
+        assert retry_after(wire(429, {"retry-after": date}), wall=wall) == 50.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_hint_is_a_number():
+    """True is none, though Python counts with it (R28)."""
+    assert retry_after(named("X", retry_after=True)) is None
+
+
 def test_the_hint_is_not_clamped():
     """The caller learns what was asked for; how much of it is obeyed is the gate's business (R28)."""
     assert classify(dspy.LMRateLimitError(retry_after=86_000.0)).retry_after == 86_000.0
@@ -458,6 +566,9 @@ def test_a_broken_error_is_judged_all_the_same():
     """Nothing about an error makes `classify` raise."""
     assert classify(linked(RubbishError(), RubbishError())).kind is Kind.LOCAL
     assert retry_after(RubbishError()) is None
+    refused = RubbishError()
+    refused.status_code = 429
+    assert classify(refused).kind is Kind.THROTTLED
     assert redacted(RubbishError()) == "RubbishError"
 
 
@@ -465,8 +576,8 @@ def test_a_chain_that_bites_its_tail_ends():
     """Errors may cause each other, and chains may be long."""
     one, two = ValueError(), KeyError()
     one.__cause__, two.__cause__ = two, one
-    assert classify(one).kind is Kind.LOCAL
-    assert classify(linked(*(ValueError() for _ in range(5000)))).kind is Kind.LOCAL
+    assert Causes(one).chain == [one, two]
+    assert len(Causes(linked(*(ValueError() for _ in range(5000)))).chain) == 32
 
 
 @given(
