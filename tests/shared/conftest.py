@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -57,6 +59,77 @@ class Valkey:
 
     def resume(self):
         os.kill(self.process.pid, signal.SIGCONT)
+
+
+class Proxy:
+    """A way to a server that does to what comes back whatever a test says.
+
+    Attributes:
+        port: Where the server is.
+        delay: Seconds that each answer takes longer.
+        doing: "pass", "swallow" (nothing comes back), "cut" (connections end) or "babble" (nonsense
+            comes back).
+    """
+
+    def __init__(self, port, context=None):
+        self.port, self.delay, self.doing = port, 0.0, "pass"
+        self._context = context
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._open = [self._listening]
+        scheme = "redis" if context is None else "rediss"
+        self.url = f"{scheme}://127.0.0.1:{self._listening.getsockname()[1]}/0"
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        with suppress(OSError):
+            while True:
+                here, _ = self._listening.accept()
+                self._open.append(here)
+                threading.Thread(target=self._serve, args=(here,), daemon=True).start()
+
+    def _serve(self, here):
+        try:
+            if self._context is not None:
+                here = self._context.wrap_socket(here, server_side=True)
+                self._open.append(here)
+            there = socket.create_connection(("127.0.0.1", self.port))
+            self._open.append(there)
+        except OSError:
+            here.close()
+            return
+        threading.Thread(target=self._pump, args=(here, there, False), daemon=True).start()
+        self._pump(there, here, True)
+
+    def _pump(self, source, target, is_answer):
+        with suppress(OSError), source, target:
+            while (data := source.recv(65536)) and self.doing != "cut":
+                if is_answer:
+                    time.sleep(self.delay)
+                    if self.doing == "swallow":
+                        continue
+                    if self.doing == "babble":
+                        data = b"?!" * 9 + b"\r\n"
+                target.sendall(data)
+
+    def close(self):
+        for each in self._open:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+@pytest.fixture
+def proxied():
+    """Put a proxy before a server: `proxied(server)`."""
+    proxies = []
+
+    def put(server, context=None):
+        proxies.append(Proxy(server.port, context))
+        return proxies[-1]
+
+    yield put
+    for proxy in proxies:
+        proxy.close()
 
 
 @pytest.fixture
