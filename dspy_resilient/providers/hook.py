@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from dspy_resilient.providers import loops
+from dspy_resilient.providers.unheard import report_only_to_listeners
 
 # Where LiteLLM looks: the list that users set, and those it derives from it. It stops deriving at
 # a hundred callbacks, so the derived ones need an entry of their own.
@@ -22,6 +24,7 @@ _LISTS = (
     "_async_success_callback",
     "_async_failure_callback",
 )
+_OF_SUCCESSES = ("callbacks", "success_callback", "_async_success_callback")
 
 Receive = Callable[..., None]
 
@@ -31,10 +34,12 @@ class Hook:
 
     Args:
         receive: Called with the event's keywords, answer, start and end, and whether it `succeeded`.
+        wants: Whether `receive` has a use for the success of the call with this id.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, wants: Callable[[str], bool]) -> None:
         self._receive = receive
+        self._wants = wants
         self._litellm: Any = None
         self._logger: Any = None
         self._changing = threading.Lock()
@@ -56,6 +61,19 @@ class Hook:
             if self._logger is None:
                 self._litellm = litellm
                 self._logger = _make_logger(CustomLogger, self._receive)
+            with suppress(ImportError, AttributeError):  # another LiteLLM may have no such reports
+                report_only_to_listeners(litellm, self._is_heard)
+
+    def _is_heard(self, account: Any) -> bool:
+        """Whether anybody has a use for LiteLLM's account of a success."""
+        litellm, ours = self._litellm, self._logger
+        return bool(
+            self._wants(account.litellm_call_id)
+            or litellm.max_budget
+            or account.dynamic_success_callbacks
+            or account.dynamic_async_success_callbacks
+            or any(each is not ours for name in _OF_SUCCESSES for each in getattr(litellm, name))
+        )
 
     def register(self) -> None:
         """Put the callback into each list that lacks it; needs `load`."""

@@ -23,7 +23,6 @@ from dspy_resilient.providers.leases import count_uses, retired
 from dspy_resilient.providers.making import Configuration
 from dspy_resilient.providers.perloop import Reports, unshare
 from dspy_resilient.providers.pool import pool, pooled
-from dspy_resilient.providers.services import report_only_to_listeners
 from dspy_resilient.providers.texts import keep_clients
 
 if TYPE_CHECKING:
@@ -183,12 +182,11 @@ async def tend() -> None:
 
 
 def prepare(litellm: Any) -> None:
-    """Have LiteLLM keep apart what belongs to different loops, keep what it would drop, and do less."""
+    """Have LiteLLM keep apart what belongs to different loops, and keep what it would drop."""
     with contextlib.suppress(ImportError, AttributeError):  # another LiteLLM may not need it
         unshare(litellm, _loops.reports)
         count_uses(litellm.in_memory_llm_clients_cache)
         keep_clients(litellm.main)
-        report_only_to_listeners(litellm)
 
 
 def async_client(provider: str, **configuration: Unpack[Configuration]) -> Any:

@@ -115,7 +115,7 @@ class _Observer:
     """All the process knows of attempts under way and of subscribers; no lock on an attempt's way."""
 
     def __init__(self) -> None:
-        self.hook = Hook(self.receive)
+        self.hook = Hook(self.receive, self.wants_success)
         self._subscriptions: tuple[_Subscription, ...] = ()
         self.renew()
 
@@ -149,6 +149,10 @@ class _Observer:
         with self._changing:
             others = (each for each in self._subscriptions if each is not subscription)
             self._subscriptions = tuple(others)
+
+    def wants_success(self, call_id: str) -> bool:
+        """Whether it matters here that a call succeeded: to subscribers, if it is no attempt of ours."""
+        return bool(self._subscriptions) or not call_id.startswith(self._series)
 
     def receive(self, kwargs: dict[str, Any], *facts: Any, succeeded: bool) -> None:
         """Hand an event of LiteLLM's to whom it concerns; never raises."""

@@ -17,8 +17,10 @@ import litellm
 import openai
 import pytest
 from litellm.integrations.custom_logger import CustomLogger
+from litellm.litellm_core_utils import litellm_logging
 
-from dspy_resilient import ResilientLM, providers
+from dspy_resilient import CircuitPolicy, ResilientLM, providers
+from dspy_resilient.providers import observer
 from dspy_resilient.testing import (
     CutStream,
     Garbage,
@@ -363,6 +365,79 @@ def test_a_sync_call_starts_no_event_loop_for_nobody(monkeypatch, make, model_ty
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lm, "?").result(30)
     assert bool(started) is (bool(listeners) and model_type == "chat")
+
+
+@pytest.fixture
+def is_accounted_for(monkeypatch):
+    """Whether LiteLLM draws up an account of the success of the call with this prompt.
+
+    Nobody listens, whatever other tests have left behind.
+    """
+    drawn, draw = [], litellm_logging.get_standard_logging_object_payload
+
+    def get_standard_logging_object_payload(*args, **kwargs):
+        drawn.append(f"{args}{kwargs}")
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(
+        litellm_logging, "get_standard_logging_object_payload", get_standard_logging_object_payload
+    )
+    for name in ("callbacks", "success_callback", "_async_success_callback"):
+        monkeypatch.setattr(litellm, name, [])
+    monkeypatch.setattr(observer._observer, "_subscriptions", ())
+
+    def check(prompt):
+        workers = litellm_logging.executor._max_workers
+        everybody = threading.Barrier(workers)  # so none is at work any more
+        for each in [litellm_logging.executor.submit(everybody.wait, 10) for _ in range(workers)]:
+            each.result()
+        return any(prompt in each for each in drawn)
+
+    return check
+
+
+def hears(kwargs, response, start, end):
+    """A success callback."""
+
+
+@pytest.mark.parametrize("model_type", ["chat", "text", "responses"])
+def test_no_account_of_a_success_is_drawn_up_for_nobody(is_accounted_for, ask, make, model_type):
+    """Plain LiteLLM does so after each call, for a fifth of its processor time (section 11)."""
+    ask(make(cache=False, model_type=model_type), "Unheard?")
+    assert not is_accounted_for("Unheard?")
+
+
+@pytest.mark.parametrize("wish", ["success_callback", "_async_success_callback", "max_budget"])
+def test_an_account_of_a_success_is_drawn_up_for_somebody(
+    monkeypatch, is_accounted_for, ask, make, wish
+):
+    """A callback, of whatever kind, or a budget that counts what calls cost."""
+    monkeypatch.setattr(litellm, wish, 1e9 if wish == "max_budget" else [hears])
+    ask(make(cache=False), "Heard?")
+    assert is_accounted_for("Heard?")
+
+
+def test_an_account_is_drawn_up_for_a_callback_of_the_call(is_accounted_for, ask, make):
+    """LiteLLM takes callbacks as keywords as well."""
+    ask(make(cache=False, success_callback=[hears]), "Heard?")
+    assert is_accounted_for("Heard?")
+
+
+def test_an_account_is_drawn_up_for_a_circuit_that_listens(is_accounted_for, ask, make):
+    """To the provider, that is: it hears of successes from LiteLLM (R31)."""
+    listener = make(circuit=CircuitPolicy(listen="provider"))
+    ask(make(cache=False), "Heard?")
+    assert is_accounted_for("Heard?")
+    listener.close()
+
+
+def test_calls_that_are_not_ours_are_accounted_for_as_ever(is_accounted_for, provider, make):
+    """Whoever calls LiteLLM may look at what it notes (R62)."""
+    make(cache=False)("Unheard?")
+    messages = [{"role": "user", "content": "Not ours?"}]
+    litellm.completion("openai/test", messages, api_base=provider.api_base, api_key=KEY)
+    assert is_accounted_for("Not ours?")
+    assert not is_accounted_for("Unheard?")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

@@ -632,6 +632,6 @@ def test_loading_leaves_dspys_settings_to_dspy(monkeypatch):
     """Only the download of tokenizers is switched off, which may stall for 46 s (R33, R36)."""
     for name in ("telemetry", "cache", "suppress_debug_info", "disable_hf_tokenizer_download"):
         monkeypatch.setattr(litellm, name, "as it was")
-    Hook(print).load()
+    Hook(print, bool).load()
     assert litellm.disable_hf_tokenizer_download is True
     assert {litellm.telemetry, litellm.cache, litellm.suppress_debug_info} == {"as it was"}
