@@ -100,6 +100,21 @@ def test_every_client_sees_a_transition_within_the_stated_time(provider, pair, a
     assert ask(there, "q") == ["Paris"]
 
 
+def test_a_client_that_comes_later_finds_it_open(provider, make, shared, patient, ask):
+    """A process that was restarted in an outage leaves the provider alone for what is left of it."""
+    options = {"name": "fast", "circuit": CircuitPolicy(), "shared": shared, **ONCE}
+    earlier = make(**options)
+    earlier.circuit.trip("outage", retry_after=120)
+    until(lambda: earlier.circuit._stamp)
+    earlier.close()
+    later = make(**options)
+    with pytest.raises(CircuitOpenError) as caught:
+        ask(later, "q")
+    assert caught.value.reason == "outage"
+    assert caught.value.retry_after == pytest.approx(120, abs=30)
+    assert provider.count == 0
+
+
 def _answered(ask, lm):
     time.sleep(VIEW_AGE)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import email.utils
 import itertools
 import json
@@ -71,6 +72,10 @@ TABLE = {
     "529 that LiteLLM calls 500": (linked(dspy.LMServerError(status=500), wire(529)), Kind.FAILURE),
     "502 that LiteLLM calls 500": (
         linked(dspy.LMTransportError(status=500), wire(502)),
+        Kind.FAILURE,
+    ),
+    "503 that is called a refused key": (
+        linked(dspy.LMAuthError(status=401), named("AuthenticationError"), wire(503)),
         Kind.FAILURE,
     ),
     "504 from a gateway": (linked(dspy.LMTimeoutError(status=504), wire(504)), Kind.FAILURE),
@@ -256,6 +261,12 @@ def test_every_kind_follows_the_table(kind):
     error, *expected = FLAGS[kind]
     verdict = classify(error)
     assert [verdict.kind, verdict.outcome, verdict.retry, verdict.next_target] == [kind, *expected]
+
+
+def test_a_verdict_is_a_value():
+    """Everybody who meets one error gets the same, and nobody can change it (R44)."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        classify(KeyError()).retry = True
 
 
 def test_the_table_is_complete():
