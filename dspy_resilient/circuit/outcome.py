@@ -76,7 +76,7 @@ class Verdict:
     outcome: Outcome
     retry: bool
     next_target: bool
-    special: bool = False
+    special: bool
     retry_after: float | None = None
 
 
@@ -117,7 +117,7 @@ _UNREADABLE = {"JSONDecodeError", "UnicodeDecodeError"}
 _UNEXPECTED = {"ValueError", "LookupError", "TypeError", "AttributeError"}
 
 _POLICY_CODES = {"content_policy_violation", "content_filter"}
-_BILLING_STATUSES = (400, 402, 403, 429)
+_BILLING_STATUSES = (400, 403, 429)  # that may also say it; a 402 says nothing else
 _BILLING_CODES = (
     "insufficient_quota",
     "billing_hard_limit_reached",

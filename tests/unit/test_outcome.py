@@ -1,4 +1,9 @@
-"""How an error is judged: what the circuit hears, and what may be tried next."""
+"""How an error is judged: what the circuit hears, and what may be tried next.
+
+Of the changes of one operator, constant or statement in `outcome.py`, `causes.py` and `hint.py`,
+those that no test notices change nothing: `__slots__`, None for what is read as false or for what a
+function returns at its end, a last `continue`, and the text of an error that has none.
+"""
 
 from __future__ import annotations
 
@@ -107,6 +112,17 @@ TABLE = {
         linked(dspy.LMInvalidRequestError(status=422), decode_error()),
         Kind.FAILURE,
     ),
+    "bytes that are no text, from Gemini": (
+        linked(
+            dspy.LMInvalidRequestError(status=422),
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        ),
+        Kind.FAILURE,
+    ),
+    "a 500 about a closed event loop of theirs": (
+        linked(dspy.LMServerError(status=500), RuntimeError("Event loop is closed"), wire(500)),
+        Kind.FAILURE,
+    ),
     "200 that is an error": (named("APIError", status_code=200), Kind.FAILURE),
     "transport error without a cause": (dspy.LMTransportError(), Kind.FAILURE),
     "read timeout": (
@@ -119,6 +135,10 @@ TABLE = {
     ),
     "the provider's own 408": (linked(dspy.LMTimeoutError(status=408), wire(408)), Kind.TIMEOUT),
     "the caller's timeout": (TimeoutError(), Kind.TIMEOUT),
+    "a timeout in the middle of an answer": (
+        linked(dspy.LMTimeoutError(), decode_error()),
+        Kind.TIMEOUT,
+    ),
     "a timeout that cancelled something": (
         linked(dspy.LMTransportError(), TimeoutError(), asyncio.CancelledError()),
         Kind.TIMEOUT,
@@ -134,6 +154,10 @@ TABLE = {
     ),
     "quota in a 429's body": (
         named("RateLimitError", status_code=429, body={"error": {"code": "insufficient_quota"}}),
+        Kind.BILLING,
+    ),
+    "an account that was never paid for, in a 403": (
+        linked(dspy.LMAuthError(status=403, provider_code="billing_not_active"), wire(403)),
         Kind.BILLING,
     ),
     "quota in a 400's text": (
@@ -164,6 +188,10 @@ TABLE = {
     ),
     "content policy by code": (
         dspy.LMInvalidRequestError(status=400, provider_code="content_filter"),
+        Kind.POLICY,
+    ),
+    "content policy by another code": (
+        dspy.LMInvalidRequestError(status=400, provider_code="content_policy_violation"),
         Kind.POLICY,
     ),
     "400": (linked(dspy.LMInvalidRequestError(status=400), wire(400)), Kind.REQUEST),
@@ -261,6 +289,30 @@ def test_every_kind_follows_the_table(kind):
     error, *expected = FLAGS[kind]
     verdict = classify(error)
     assert [verdict.kind, verdict.outcome, verdict.retry, verdict.next_target] == [kind, *expected]
+    assert verdict.special == (kind in (Kind.CONTEXT, Kind.POLICY))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "insufficient_quota",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "billing_error",
+        "exceeded_current_quota_error",
+    ],
+)
+def test_an_empty_account_is_known_by_its_code(code):
+    """Whatever the status is that would otherwise decide (5)."""
+    assert classify(dspy.LMRateLimitError(status=429, provider_code=code)).kind is Kind.BILLING
+
+
+def test_words_are_those_of_the_documentation():
+    """History, events and metrics name the kinds (R70)."""
+    assert " ".join(Kind) == (
+        "answer failure timeout throttled billing auth context policy request rejected broken"
+        " cancelled local"
+    )
 
 
 def test_a_verdict_is_a_value():
@@ -291,6 +343,16 @@ def test_a_timeout_is_a_failure_only_if_it_ran_long(seconds, timeout, outcome):
     assert (verdict.kind, verdict.outcome) == (Kind.TIMEOUT, outcome)
 
 
+def test_what_is_no_timeout_may_take_long():
+    """A request that was refused after a minute is at fault all the same (5)."""
+    assert classify(dspy.LMInvalidRequestError(), seconds=60.0).outcome is Outcome.NEUTRAL
+
+
+def test_a_timeout_of_unknown_length_is_no_failure():
+    """Nobody knows that it ran long (5)."""
+    assert classify(dspy.LMTimeoutError(), timeout=0.5).outcome is Outcome.NEUTRAL
+
+
 @pytest.mark.parametrize("status", [400, 401, 422, 500, None])
 def test_what_was_not_handed_off_is_nobodys_fault_but_ours(status):
     """Whatever status LiteLLM makes up for it (R35)."""
@@ -305,10 +367,28 @@ def test_what_was_handed_off_and_broke_is_the_providers_fault():
     assert classify(error, handed_off=None).kind is Kind.LOCAL
 
 
-def test_an_answer_of_the_wrong_shape_is_a_failure():
-    """Gemini's 422 over a ValueError is a 200 that LiteLLM could not read (5)."""
-    error = linked(named("BadRequestError", status_code=422), ValueError("no candidates"))
+def test_an_answer_that_cannot_be_read_is_a_failure_once_it_was_asked_for():
+    """Before that, it was a tool call of our own that LiteLLM could not read (5)."""
+    error = linked(dspy.LMInvalidRequestError(status=400), decode_error())
     assert classify(error, handed_off=True).kind is Kind.FAILURE
+    assert classify(error, handed_off=False).kind is Kind.LOCAL
+
+
+@pytest.mark.parametrize("fault", [ValueError, KeyError, TypeError, AttributeError])
+def test_an_answer_of_the_wrong_shape_is_a_failure(fault):
+    """Gemini's 422 over such an error is a 200 that LiteLLM could not read (5)."""
+    error = linked(named("BadRequestError", status_code=422), fault("no candidates"))
+    assert classify(error, handed_off=True).kind is Kind.FAILURE
+
+
+@pytest.mark.parametrize(
+    ("status", "fault", "handed_off"),
+    [(422, ValueError, None), (400, ValueError, True), (422, RuntimeError, True)],
+)
+def test_not_every_wrong_request_is_an_answer_of_the_wrong_shape(status, fault, handed_off):
+    """One that was refused is at fault itself (5)."""
+    error = linked(named("BadRequestError", status_code=status), fault())
+    assert classify(error, handed_off=handed_off).kind is Kind.REQUEST
 
 
 def test_a_prompt_cannot_empty_the_account():
@@ -625,6 +705,7 @@ def test_no_prompt_gets_into_the_redacted_text():
         (type("R", (), {"choices": []})(), True),
         (type("R", (), {"choices": [1]})(), False),
         (type("R", (), {"output": []})(), True),
+        (type("R", (), {"outputs": []})(), True),
         (object(), False),
         (None, False),
     ],
