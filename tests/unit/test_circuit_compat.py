@@ -160,14 +160,14 @@ def test_expected_exception_is_no_text():
 @pytest.mark.parametrize("value", [0, -1])
 def test_zero_is_no_default(name, value):
     """0 is refused, not replaced (M6)."""
-    with pytest.raises(ValueError, match=f"{name} must be .*got {value}"):
+    with pytest.raises(ValueError, match=f"^CircuitBreaker: {name} must be .*got {value}"):
         CircuitBreaker(**{name: value})
 
 
 @pytest.mark.parametrize("value", ["5", 2.5, True])
 def test_thresholds_are_whole_numbers(value):
     """Nonsense is refused by name."""
-    with pytest.raises(TypeError, match="failure_threshold"):
+    with pytest.raises(TypeError, match=r"^CircuitBreaker: failure_threshold must be"):
         CircuitBreaker(value)
 
 

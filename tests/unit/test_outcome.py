@@ -13,6 +13,7 @@ import dataclasses
 import email.utils
 import itertools
 import json
+import pkgutil
 import socket
 import ssl
 import sys
@@ -261,6 +262,56 @@ def test_every_ending_has_its_kind(case):
     """DSPy's classes first, then the status that came over the wire, then what lies beneath (5)."""
     error, kind = TABLE[case]
     assert classify(error).kind is kind
+
+
+THEIRS = {
+    # kind -> classes that mean it, wherever they lie in a chain, with or without a status
+    Kind.LOCAL: "litellm.BudgetExceededError dspy.LMConfigurationError dspy.LMCollectionLimitError"
+    " dspy.LMLockTimeoutError httpx.InvalidURL httpx.UnsupportedProtocol builtins.ImportError",
+    Kind.CONTEXT: "litellm.ContextWindowExceededError dspy.ContextWindowExceededError"
+    " dspy.lm15.ContextLengthError",
+    Kind.POLICY: "litellm.ContentPolicyViolationError",
+    Kind.BILLING: "dspy.LMBillingError dspy.lm15.BillingError"
+    " litellm.exceptions.PaymentRequiredError",
+    Kind.AUTH: "litellm.AuthenticationError openai.AuthenticationError"
+    " openai.PermissionDeniedError dspy.LMAuthError dspy.lm15.AuthError",
+    Kind.THROTTLED: "litellm.RateLimitError openai.RateLimitError dspy.LMRateLimitError"
+    " dspy.lm15.RateLimitError",
+    Kind.TIMEOUT: "litellm.Timeout openai.APITimeoutError dspy.LMTimeoutError"
+    " dspy.lm15.TimeoutError builtins.TimeoutError httpx.PoolTimeout requests.Timeout",
+    Kind.FAILURE: "httpx.ConnectError httpx.ProxyError httpx.RemoteProtocolError ssl.SSLError"
+    " builtins.ConnectionResetError aiohttp.ClientConnectionError aiohttp.ClientPayloadError"
+    " socket.gaierror dspy.LMStreamAssemblyError dspy.lm15.StreamAssemblyError"
+    " openai.APIResponseValidationError",
+    Kind.CANCELLED: "anyio.BrokenResourceError anyio.ClosedResourceError anyio.EndOfStream",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [(path, kind) for kind, paths in THEIRS.items() for path in paths.split()]
+)
+def test_errors_of_every_layer_are_known(path, kind):
+    """By their class alone, as LiteLLM, the SDKs and the HTTP clients raise them (5)."""
+    module, _, name = path.rpartition(".")
+    found = getattr(pkgutil.resolve_name(module), name, None)
+    if found is None:
+        pytest.skip(f"this {module} has no {name}")
+    error = linked(dspy.LMUnexpectedError(), found.__new__(found))
+    handed_off = kind is Kind.LOCAL  # what is not known is otherwise
+    assert classify(error, handed_off=handed_off or None).kind is kind
+
+
+class NativeError(Exception):
+    """The common class of what DSPy's native engine says about its connection."""
+
+
+@pytest.mark.parametrize("what", ["Connect", "Read", "Write"])
+def test_errors_of_the_native_engine_are_known(what):
+    """It calls a timeout a kind of error of the same name (5)."""
+    failure = named(f"{what}Error", NativeError)
+    timeout = named(f"{what}Timeout", type(failure))
+    assert classify(failure).kind is Kind.FAILURE
+    assert classify(timeout).kind is Kind.TIMEOUT
 
 
 FLAGS = {
