@@ -140,6 +140,13 @@ def _close_soon(http: HttpClient, loop: Loop) -> None:
     task.add_done_callback(_closing.discard)
 
 
+def forget(loop: Loop) -> None:
+    """Keep nothing that was to be closed on `loop`, which is closed itself."""
+    for task in list(_closing):
+        if task.get_loop() is loop:
+            _closing.discard(task)
+
+
 def _connections(http: HttpClient) -> Iterator[Any]:
     """Yield the asyncio transports of `http`."""
     for transport in _transports(http):

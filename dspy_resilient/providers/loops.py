@@ -90,6 +90,7 @@ class _Loops:
             left = [(loop, self._tended.pop(loop)) for loop in loops]
         for loop, tended in left:
             tended.reports.drop()
+            closing.forget(loop)
             for http in [*_take_clients(loop, busy=True), *retired(loop)]:
                 with contextlib.suppress(Exception):
                     closing.abandon(http)

@@ -183,6 +183,21 @@ def test_call_is_under_way_no_more(provider, make, strand, hold):
     assert time.monotonic() - started < PATIENCE / 2
 
 
+def test_what_was_being_closed_keeps_no_loop(make):
+    """Nothing goes on closing it once that loop is closed (R34)."""
+    lm = make(cache=False)
+    loop = asyncio.new_event_loop()
+    gone = weakref.ref(loop)
+    loop.run_until_complete(lm.acall("q"))
+    lm.restart()
+    loop.run_until_complete(asyncio.sleep(0))  # closing begins
+    loop.close()
+    del loop
+    asyncio.run(providers.tend())
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("restarts", [False, True])
 def test_its_memory_comes_back(make, strand, kept, hold, restarts):
     """Once another loop has cleaned up after it, connections included (R34)."""
