@@ -101,7 +101,7 @@ def _hear(others: Others, news: Future[Answer | None] | None) -> Steps[Answer | 
     """Wait for what the shared store has to say, for as long as anybody waits for it."""
     if news is None:
         return None
-    answer: Answer | None = yield Wait(news, others.patience)
+    answer: Answer | None = yield Wait(news, others.patience_left())
     if not news.done():
         others.go_alone()
     return answer

@@ -75,12 +75,10 @@ def _admit(call: Call, client: Runtime, turn: Turn, route: Route) -> Steps[Admis
     )
     with consulting as news_of_circuit:
         questions = [(link, link.question()) for link in route.links]
-        since = client.clock()
         for link, news in (*questions, (route.shared, news_of_circuit)):
             if link is not None and news is not None:  # all are under way: it is one wait
-                now = client.clock()
-                patience = min(link.patience - (now - since), call.left(now))
-                if not (yield Wait(news, max(0.0, patience))):
+                patience = min(link.patience_left(), call.left(client.clock()))
+                if not (yield Wait(news, patience)):
                     check_deadline(call, client)
                     link.go_alone()
         return route.admit(lease, early=early)

@@ -11,13 +11,7 @@ if TYPE_CHECKING:
 
 
 class Others(Protocol):
-    """Answers that other processes have stored, and will find. Nothing here blocks or raises.
-
-    Attributes:
-        patience: Seconds to wait for one of the futures, before `go_alone`.
-    """
-
-    patience: float
+    """Answers that other processes have stored, and will find. Nothing here blocks or raises."""
 
     def find(self, key: str) -> Future[Answer | None] | None:
         """Return the future of the answer stored under `key`, or None if there is no asking now."""
@@ -29,6 +23,10 @@ class Others(Protocol):
 
     def forget(self, key: str | None = None) -> None:
         """Have the answer stored under `key` forgotten, or all."""
+        ...
+
+    def patience_left(self) -> float:
+        """Seconds to wait yet for the futures, before `go_alone`."""
         ...
 
     def go_alone(self) -> None:

@@ -78,7 +78,9 @@ class SharedAnswers(Link["list[_Errand]", "list[Answer | None]"]):
     def forget(self, key: str | None = None) -> None:
         """Have the answer under `key` forgotten, or all; later, if the store does not answer."""
         with self._lock:
-            if key is None or len(self._outbox) > _MOST_TO_FORGET:
+            if key is None or len(self._outbox) >= _MOST_TO_FORGET:
+                others = (each for each in self._outbox if each.order.doing not in _FORGET)
+                self._outbox = deque(others)
                 self._put(CacheOrder("forget_all"))
             else:
                 self._put(CacheOrder("forget", key))

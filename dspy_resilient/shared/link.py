@@ -83,7 +83,7 @@ class Link(ABC, Generic[Request, Reply]):
         self._next: Future[bool] | None = None
         self._under_way: Request | None = None
         self._arrives: Future[bool] | None = None
-        self._heard_at = -math.inf
+        self._asked_at = self._heard_at = -math.inf
         self._faults = 0
         self._try_at = -math.inf
 
@@ -124,6 +124,10 @@ class Link(ABC, Generic[Request, Reply]):
             return False
         return now >= self._try_at if self.alone else now - self._heard_at >= VIEW_AGE
 
+    def patience_left(self) -> float:
+        """Seconds to wait yet for the answer to what has been asked, whoever asked first."""
+        return max(0.0, self._asked_at + self.patience - self._courier.clock())
+
     def question(self) -> Future[bool] | None:
         """Return what to wait for, if anything, before acting on what is known here."""
         if self.alone:
@@ -141,6 +145,8 @@ class Link(ABC, Generic[Request, Reply]):
         with self._lock:
             if self._next is not None:
                 return self._next
+            if self._under_way is None:
+                self._asked_at = self._courier.clock()
             future = self._next = Future()
             future.set_running_or_notify_cancel()
         try:
@@ -178,7 +184,7 @@ class Link(ABC, Generic[Request, Reply]):
         heard = self._read(request, reply)
         with self._lock:
             now = self._courier.clock()
-            self.alone, self._faults, self._heard_at = False, 0, now
+            self.alone, self._faults, self._heard_at, self._asked_at = False, 0, now, now
             self._under_way = None
             self._hear(now, request, heard)
 

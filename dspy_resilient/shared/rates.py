@@ -80,7 +80,6 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
         super().renew()
         self._lock = threading.RLock()
         self._begin(self._courier)
-        self._asked_at: float | None = None
         rates = {"requests": self._rpm, "tokens": self._tpm}
         self._shares = {name: _Share(rate) for name, rate in rates.items() if rate is not None}
 
@@ -92,8 +91,8 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
             amounts = {"requests": 1, "tokens": tokens}
             if all(share.credit >= amounts[name] for name, share in self._shares.items()):
                 return self.turn_at(tokens, 0, 0)
-            asked_at = self._courier.clock() if self._asked_at is None else self._asked_at
-            return max(super().ready_at(tokens), asked_at + self.patience)
+            left = self.patience_left() if self._is_asked else self.patience
+            return max(super().ready_at(tokens), self._courier.clock() + left)
 
     def turn_at(self, tokens: float, requests_before: float, tokens_before: float) -> float:
         """Return from when one request may go behind others, as far as is known here."""
@@ -128,13 +127,8 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
     def fetch(self) -> None:
         """Ask for the credit that is missing, or go on without the store if that takes too long."""
         with self._lock:
-            now = self._courier.clock()
             lacks = any(share.need > share.credit for share in self._shares.values())
-            if not lacks:
-                self._asked_at = None
-            elif self._asked_at is None and not self.alone:
-                self._asked_at = now
-            hangs = self._asked_at is not None and now >= self._asked_at + self.patience
+            hangs = lacks and self._is_asked and not self.alone and self.patience_left() == 0
             asks = lacks and (self.is_old if self.alone else self._next is None)
         if hangs:
             self.go_alone()
@@ -143,6 +137,10 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
         if self.wants_news():
             with suppress(RuntimeError):  # no thread can be started: see `ask`
                 self._courier.watch(self)
+
+    @property
+    def _is_asked(self) -> bool:
+        return self._next is not None or self._under_way is not None
 
     def wants_news(self) -> bool:
         """Whether there is credit to give back, or a debt that the store has not heard of."""
@@ -164,7 +162,6 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
         return Verb("rate", (self._key, request))
 
     def _hear(self, now: float, request: dict[str, RateReport], reply: RateView) -> None:
-        self._asked_at = None
         for name, share in self._shares.items():
             share.credit += request[name].amount
             share.full_at = now + reply.full_in[name]
@@ -174,7 +171,6 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
         now: float,  # noqa: ARG002  # the rates of this process have counted all along
         request: dict[str, RateReport] | None,  # noqa: ARG002  # if heard, it was for nothing
     ) -> None:
-        self._asked_at = None
         for share in self._shares.values():
             share.credit = 0.0
 

@@ -94,14 +94,14 @@ class Proxy:
                 self._open.append(here)
             there = socket.create_connection(("127.0.0.1", self.port))
             self._open.append(there)
-        except OSError:
+        except (OSError, ValueError):  # the test is over
             here.close()
             return
         threading.Thread(target=self._pump, args=(here, there, False), daemon=True).start()
         self._pump(there, here, True)
 
     def _pump(self, source, target, is_answer):
-        with suppress(OSError), source, target:
+        with suppress(OSError, ValueError), source, target:
             while (data := source.recv(65536)) and self.doing != "cut":
                 if is_answer:
                     time.sleep(self.delay)

@@ -256,7 +256,7 @@ def certificate(tmp_path):
     return where
 
 
-def test_tls_is_used_and_checked(provider, make, valkey, proxied, certificate, ask):
+def test_tls_is_used_and_checked(provider, make, valkey, patient, proxied, certificate, ask):
     """`rediss://` works with the right authority; without, no call fails and nothing is sent."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
