@@ -1,4 +1,9 @@
-"""What users of the `circuitbreaker` package find again, and what no longer goes wrong for them."""
+"""What users of the `circuitbreaker` package find again, and what no longer goes wrong for them.
+
+Of the changes of one operator, constant or statement in `compat.py`, those that no test notices
+change nothing: the name of a context variable, and a growth of the recovery time that its longest
+value rules out.
+"""
 
 from __future__ import annotations
 
@@ -318,7 +323,7 @@ def test_methods_and_callables_are_guarded():
 
 async def test_coroutine_function_is_guarded(clock):
     """A decorated coroutine function reports when it ends, not when it is called (M10)."""
-    breaker = CircuitBreaker(1, 5, clock=clock)
+    breaker = CircuitBreaker(2, 5, clock=clock)
 
     @breaker
     async def work(error=None):
@@ -328,11 +333,16 @@ async def test_coroutine_function_is_guarded(clock):
         return "done"
 
     assert inspect.iscoroutinefunction(work)
-    assert await work() == "done"
-    coroutine = work(ServerError())
-    assert breaker.closed
     with pytest.raises(ServerError):
-        await coroutine
+        await work(ServerError())
+    assert breaker.failure_count == 1
+    assert await work() == "done"
+    assert breaker.failure_count == 0
+    coroutines = [work(ServerError()) for _ in range(2)]
+    assert breaker.closed
+    for coroutine in coroutines:
+        with pytest.raises(ServerError):
+            await coroutine
     assert breaker.opened
     with pytest.raises(CircuitOpenError):
         await work()
@@ -509,6 +519,33 @@ def test_nested_blocks_report_each_for_itself():
         assert inner.opened
     assert outer.opened  # its inner block failed
     assert inner.failure_count == 1  # the second report was of an older generation
+
+
+def test_block_within_a_block_of_the_same_circuit_reports_for_itself():
+    """Each end belongs to the innermost block that is still open (R20)."""
+    breaker = CircuitBreaker(9)
+    reported = []
+
+    def nested():
+        with breaker as outer:
+            with breaker as inner:
+                pass
+            reported.append((inner.reported, outer.reported))
+            raise ServerError
+
+    with pytest.raises(ServerError):
+        nested()
+    assert reported == [(True, False)]
+    assert breaker.failure_count == 1
+
+
+def test_blocks_of_several_circuits_may_end_in_any_order():
+    """As those of generators do that take turns (R20)."""
+    breakers = [CircuitBreaker(9) for _ in range(3)]
+    permits = [breaker.__enter__() for breaker in breakers]
+    for ended, breaker in enumerate(breakers, 1):
+        breaker.__exit__(None, None, None)
+        assert [permit.reported for permit in permits] == [n < ended for n in range(3)]
 
 
 async def test_blocks_of_tasks_do_not_mix(clock):
