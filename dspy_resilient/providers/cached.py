@@ -27,9 +27,15 @@ def cache() -> Any:
 
 
 def entries() -> list[tuple[str, Any]]:
-    """Return keys and clients; a key ends in the `id` of the loop that the client was made on."""
+    """Return keys and clients; the key of one that was made on a loop ends in that loop's mark."""
     found = cache()
     return [] if found is None else list(found.cache_dict.items())
+
+
+def mark_of_running_loop() -> str | None:
+    """Return what LiteLLM puts after the keys of the clients that it makes on the running loop."""
+    found = cache()
+    return None if found is None else str(found.update_cache_key_with_event_loop(""))
 
 
 def forget(key: str) -> None:

@@ -35,10 +35,15 @@ _TURN = 0.005
 
 
 class _Tended:
-    """What belongs to one loop: its reports, and the generator whose end is the loop's."""
+    """What belongs to one loop: its reports, and the generator whose end is the loop's.
+
+    Attributes:
+        mark: What the keys of its clients end in; None while LiteLLM has none.
+    """
 
     def __init__(self, loop: Loop) -> None:
         self.reports = Reports()
+        self.mark: str | None = None
         self.end = self._end(weakref.ref(loop))
 
     async def _end(self, own: weakref.ref[Loop]) -> AsyncGenerator[None]:
@@ -50,7 +55,7 @@ class _Tended:
             if loop is not None and asyncio._get_running_loop() is loop:  # noqa: SLF001  # see docs
                 with contextlib.suppress(Exception):
                     await self.reports.finish()
-                    await _close_clients(loop)
+                    await _close_clients(loop, self.mark)
 
 
 class _Loops:
@@ -70,11 +75,17 @@ class _Loops:
         return None if tended is None else tended.reports
 
     def tend(self, loop: Loop) -> None:
-        if loop in self._tended:
-            return
+        tended = self._tended.get(loop)
+        if tended is None:
+            tended = self._begin_tending(loop)
+        if tended.mark is None:
+            with contextlib.suppress(Exception):
+                tended.mark = cached.mark_of_running_loop()
+
+    def _begin_tending(self, loop: Loop) -> _Tended:
+        tended = _Tended(loop)
         with contextlib.suppress(Exception):
             self.sweep()
-            tended = _Tended(loop)
             with self._changing:
                 self._tended[loop] = tended
             if not getattr(loop, "_asyncgens_shutdown_called", False):  # else asyncio would warn
@@ -82,6 +93,7 @@ class _Loops:
             # LiteLLM's own exit handler forgets the sockets: ours has to be registered after it.
             atexit.unregister(self.sweep)
             atexit.register(self.sweep, exiting=True)
+        return tended
 
     def sweep(self, *, exiting: bool = False) -> None:
         """Close by force what loops that were closed in another way have left."""
@@ -91,7 +103,7 @@ class _Loops:
         for loop, tended in left:
             tended.reports.drop()
             closing.forget(loop)
-            for http in [*_take_clients(loop, busy=True), *retired(loop)]:
+            for http in [*_take_clients(loop, tended.mark, busy=True), *retired(loop)]:
                 with contextlib.suppress(Exception):
                     closing.abandon(http)
 
@@ -130,20 +142,20 @@ def _start(generator: AsyncGenerator[None]) -> None:
         started.__await__().send(None)
 
 
-async def _close_clients(loop: Loop) -> None:
+async def _close_clients(loop: Loop, mark: str | None) -> None:
     """Close the clients of the running loop; one in use past our patience is left for `sweep`."""
     for _ in range(_TURNS):
-        for http in _take_clients(loop, busy=False):
+        for http in _take_clients(loop, mark, busy=False):
             await closing.close(http)
-        if not _clients(loop):
+        if not _clients(loop, mark):
             break
         await asyncio.sleep(_TURN)
 
 
-def _take_clients(loop: Loop, *, busy: bool) -> list[HttpClient]:
+def _take_clients(loop: Loop, mark: str | None, *, busy: bool) -> list[HttpClient]:
     """Take the clients of `loop` out of LiteLLM's cache; those in use as well, if `busy`."""
     taken = []
-    for key, http in _clients(loop):
+    for key, http in _clients(loop, mark):
         if busy or not closing.is_busy(http):
             if key is not None:
                 cached.forget(key)
@@ -151,16 +163,16 @@ def _take_clients(loop: Loop, *, busy: bool) -> list[HttpClient]:
     return taken
 
 
-def _clients(loop: Loop) -> list[tuple[str | None, HttpClient]]:
+def _clients(loop: Loop, mark: str | None) -> list[tuple[str | None, HttpClient]]:
     """Return what sends on `loop`, with its key if it is in LiteLLM's cache."""
-    mark = f"-{id(loop)}"
     found: list[tuple[str | None, HttpClient]] = []
     for client in pool.of_loop(loop):
         http = closing.http_client_of(client)
         if http is not None and not http.is_closed and not cached.is_session(http):
             found.append((None, http))
     for key, client in cached.entries():
-        http = closing.http_client_of(client) if key.endswith(mark) else None
+        is_its = mark is not None and key.endswith(mark)
+        http = closing.http_client_of(client) if is_its else None
         if http is not None and not cached.is_lent(client, http):
             found.append((key, http))
     return found

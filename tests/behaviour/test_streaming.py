@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from importlib.metadata import version
 
 import anyio
 import dspy
@@ -24,6 +25,7 @@ from dspy_resilient.testing import (
 )
 
 AT_ONCE = RetryPolicy(base=0.0)
+LITELLM = tuple(map(int, version("litellm").split(".")[:2]))
 
 
 @pytest.fixture
@@ -132,14 +134,15 @@ async def test_a_cut_stream_is_an_error_and_no_short_answer(provider, make, mode
     assert lm.stats().stored == 1
 
 
-async def test_where_the_made_up_end_cannot_be_told_the_answer_is_not_remembered(provider, make):
-    """Other servers may send the end along with the last words, and LiteLLM hides it (R42)."""
+async def test_a_stream_without_its_end_is_not_remembered(provider, make):
+    """Other servers may send the end along with the last words; before 1.110 LiteLLM hides it (R42)."""
     lm = make()
     provider.script(CutStream(3, how="eof"))
-    with pytest.raises(dspy.AdapterParseError):
+    notices = LITELLM >= (1, 110)
+    with pytest.raises(dspy.LMServerError if notices else dspy.AdapterParseError):
         await consume(lm)
     assert lm.stats().stored == lm.stats().evicted == 0
-    assert lm.stats().skipped["partial"] == 1
+    assert lm.stats().skipped.get("partial", 0) == (not notices)
 
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])

@@ -141,19 +141,24 @@ def test_a_client_closed_under_a_running_call_is_replaced(provider, make, meddle
 
 @pytest.mark.parametrize("prefix", ["openai", "anthropic"])
 def test_a_client_whose_event_loop_is_gone_is_replaced(provider, make, monkeypatch, prefix):
-    """LiteLLM finds it by the loop's address, and addresses are given out again (R60)."""
+    """LiteLLM finds it by a mark of the loop: before 1.110 its address, which another can get (R60)."""
+
+    async def mark():
+        return kept.update_cache_key_with_event_loop("")
+
     monkeypatch.setattr(litellm, "disable_aiohttp_transport", True)
     kept = litellm.in_memory_llm_clients_cache
     kept.flush_cache()
     lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, num_retries=0)
     gone = asyncio.new_event_loop()
     gone.run_until_complete(lm.acall("on a loop that ends"))
-    (key,) = [key for key in kept.cache_dict if key.endswith(f"-{id(gone)}")]
+    marked = gone.run_until_complete(mark())
+    (key,) = [key for key in kept.cache_dict if key.endswith(marked)]
     client = kept.cache_dict[key]
     gone.close()
 
     async def call():
-        address = key.replace(str(id(gone)), str(id(asyncio.get_running_loop())))
+        address = key.removesuffix(marked) + await mark()
         kept.cache_dict[address], kept.ttl_dict[address] = client, kept.ttl_dict[key]
         return await lm.acall("on another")
 

@@ -244,7 +244,7 @@ class Soak:
             self.note(question, [prediction.answer])
 
     async def _close_own(self):
-        mark = f"-{id(asyncio.get_running_loop())}"
+        mark = litellm.in_memory_llm_clients_cache.update_cache_key_with_event_loop("")
         for key, each in list(litellm.in_memory_llm_clients_cache.cache_dict.items()):
             if key.endswith(mark):
                 await each.close()

@@ -13,8 +13,7 @@ import pytest
 def on_a_loop():
     """Run coroutines on one event loop; in the end close every HTTP client that LiteLLM opened.
 
-    LiteLLM keeps its clients by `id(loop)` and does not close them, so loops that come and go
-    would inherit each other's dead clients, and dropped ones would warn.
+    LiteLLM keeps its clients by loop and does not close them: dropped ones would warn.
     """
     import litellm
 

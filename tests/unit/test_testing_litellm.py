@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from importlib.metadata import version
 
 import litellm
 import openai
@@ -37,6 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`ReadOnly` qualifier:UserWarning"),
 ]
 
+LITELLM = tuple(map(int, version("litellm").split(".")[:2]))
 HELLO = [{"role": "user", "content": "hello big world"}]
 SAID = "one two three four"
 MODELS = [
@@ -180,7 +182,6 @@ MAPPED = [
     (quota_exceeded(), "RateLimitError", 429),
     (quota_exceeded(400), "BadRequestError", 400),
     (context_too_long(), "ContextWindowExceededError", 400),
-    (content_refused(), "ContentPolicyViolationError", 400),
     (Status(400), "BadRequestError", 400),
     (Status(401), "AuthenticationError", 401),
     (Status(404), "NotFoundError", 404),
@@ -191,7 +192,9 @@ MAPPED = [
     (CutStream(), "InternalServerError", 500),
     (CutStream(how="reset"), "InternalServerError", 500),
 ]
+REFUSED = "ContentPolicyViolationError"
 OPENAI_ONLY = [
+    (content_refused(), "BadRequestError" if LITELLM >= (1, 110) else REFUSED, 400),
     (overloaded(), "APIError", 529),
     (quota_exceeded(402), "APIError", 402),
     (Status(403), "APIError", 403),
@@ -201,6 +204,7 @@ OPENAI_ONLY = [
     (BadChunk(), "InternalServerError", 500),
 ]
 ANTHROPIC_ONLY = [
+    (content_refused(), REFUSED, 400),
     (overloaded(), "InternalServerError", 500),
     (quota_exceeded(402), "PaymentRequiredError", 402),
     (Status(403), "PermissionDeniedError", 403),
@@ -312,9 +316,13 @@ def test_a_cut_stream_fails_after_its_first_words(provider, model, how):
     assert caught.value.generated_content == "one two "
 
 
-def test_a_cleanly_ended_cut_is_invisible_to_litellm(provider):
-    """LiteLLM invents a finish reason for a stream that just ends."""
+def test_a_cleanly_ended_cut(provider):
+    """LiteLLM invents a finish reason for a stream that just ends; from 1.110 on it is an error."""
     provider.always(CutStream(2, "eof"))
+    if LITELLM >= (1, 110):
+        with pytest.raises(litellm.exceptions.MidStreamFallbackError):
+            streamed(provider, "openai/gpt-4o-mini")
+        return
     choices = streamed(provider, "openai/gpt-4o-mini")
     assert [choice.delta.content for choice in choices[:2]] == ["one ", "two "]
     assert choices[-1].finish_reason == "stop"

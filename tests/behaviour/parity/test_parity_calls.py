@@ -223,7 +223,7 @@ def test_a_rate_limit(compare, call):
     theirs, mine = compare(
         lambda lm: call(lm, "q"), faults=[fault], num_retries=0, raises=dspy.LMRateLimitError
     )
-    assert theirs.error.retry_after is None
+    assert theirs.error.retry_after in (None, pytest.approx(3600, abs=5))  # before LiteLLM 1.110
     assert mine.error.retry_after == pytest.approx(3600, abs=5)
 
 
