@@ -176,7 +176,6 @@ class ThrottleGate(Turnstile):
     def reset(self) -> None:
         """Open, let in whoever waits, and forget every 429."""
         with self._lock:
-            self._generation += 1
             self._closings = 0
             self._hinted_until = self._closed_until = -math.inf
             self._throttled_since = None
@@ -187,7 +186,7 @@ class ThrottleGate(Turnstile):
 
     @property
     def generation(self) -> int:
-        """Closings and resets so far."""
+        """Closings so far."""
         return self._generation
 
     @property

@@ -342,6 +342,7 @@ def test_reset_forgets_everything(make, clock):
     """After `reset` it is as new, and nobody waits any more (R28)."""
     gate = make()
     close(gate, 40)
+    clock.advance(1)
     waiter = gate.enlist()
     gate.reset()
     assert waiter.done()
@@ -351,6 +352,7 @@ def test_reset_forgets_everything(make, clock):
     clock.advance(gate.wait_time())
     gate.admit()
     gate.reset()
+    assert gate.wait_time() == 0
     assert None not in [gate.admit() for _ in range(100)]
     assert close(gate) == 1
 
