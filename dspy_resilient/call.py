@@ -32,14 +32,12 @@ from dspy_resilient.errors import CallRejectedError, RestartLimitError
 from dspy_resilient.events import AttemptFailed, CacheHit, FellBack, FlightJoined
 from dspy_resilient.progress import AttemptSummary, Served, Turn
 from dspy_resilient.steps import Disk, Prepare, Wait
+from dspy_resilient.storage import load, save
 from dspy_resilient.supervision import broke_state
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer, Lead
-    from dspy_resilient.cache.others import Others
     from dspy_resilient.circuit import Verdict
     from dspy_resilient.progress import Call
     from dspy_resilient.route import Routes
@@ -52,7 +50,7 @@ def complete(call: Call, client: Runtime) -> Steps[Served]:
     """Answer `call`: from the cache, from an identical call under way, or from a target."""
     client.check_open()
     if call.key is not None:
-        hit = client.cache.recall(call.key) or (yield from _load(client, call.key))
+        hit = client.cache.recall(call.key) or (yield from load(client, call.key))
         if hit is not None:
             _announce_hit(client, hit)
             return Served(hit, hit=True)
@@ -71,40 +69,8 @@ def complete(call: Call, client: Runtime) -> Steps[Served]:
             error.attempts = tuple(call.attempts)  # type: ignore[attr-defined]  # ours to attach
         raise
     if served.answer.key and not served.hit:
-        yield from _save(client, served.answer)  # those who waited have it by now
+        yield from save(client, served.answer)  # those who waited have it by now
     return served
-
-
-def _load(client: Runtime, key: str) -> Steps[Answer | None]:
-    """Return the answer that is not in memory but on disk, or with others who share, or None."""
-    cache = client.cache
-    answer: Answer | None = None
-    if cache.has_disk:
-        answer = yield Disk(client.clerk, partial(cache.load, key))
-    if answer is None and cache.others is not None:
-        seen = cache.evictions
-        found = yield from _hear(cache.others, cache.others.find(key))
-        answer = cache.receive(found, seen)
-    return answer
-
-
-def _save(client: Runtime, answer: Answer) -> Steps[None]:
-    """Write a new answer to disk, and let others have it, where there is either."""
-    cache = client.cache
-    if cache.has_disk:
-        yield Disk(client.clerk, partial(cache.save, answer))
-    if cache.others is not None:
-        yield from _hear(cache.others, cache.others.keep(answer))
-
-
-def _hear(others: Others, news: Future[Answer | None] | None) -> Steps[Answer | None]:
-    """Wait for what the shared store has to say, for as long as anybody waits for it."""
-    if news is None:
-        return None
-    answer: Answer | None = yield Wait(news, others.patience_left())
-    if not news.done():
-        others.go_alone()
-    return answer
 
 
 def _supervise(call: Call, client: Runtime) -> Steps[Served]:
@@ -231,7 +197,7 @@ def _ask_targets(
             if error is not None and (before or turn is not turns[0]):
                 _announce_fallback(client, turn, error)
                 key = turn.target.key(call)
-                hit = key and (client.cache.recall(key) or (yield from _load(client, key)))
+                hit = key and (client.cache.recall(key) or (yield from load(client, key)))
                 if hit:
                     _announce_hit(client, hit)
                     return Served(hit, hit=True)

@@ -39,14 +39,12 @@ def is_sync(http: HttpClient) -> TypeGuard[httpx.Client]:
 
 
 def spare_idle_connections(http: HttpClient) -> None:
-    """Have a sync client keep as many idle connections as it may open.
+    """Have a client on httpx's own pool keep as many idle connections as it may open.
 
     By default it keeps 20 and closes the others as surplus as soon as they are idle, without
-    noticing that another thread has just taken one: that thread then waits for its answer until
-    its timeout, 600 s with OpenAI's SDK (httpcore 1.0; about once in 10,000 calls of 64 threads).
+    noticing that somebody has just taken one: a thread then waits for its answer until its
+    timeout, 600 s with OpenAI's SDK (httpcore 1.0; about once in 10,000 calls of 64 threads).
     """
-    if not is_sync(http):
-        return
     for transport in _transports(http):
         pool: Any = getattr(transport, "_pool", None)
         if hasattr(pool, "_max_keepalive_connections") and hasattr(pool, "_max_connections"):
