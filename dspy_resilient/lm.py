@@ -99,7 +99,8 @@ class ResilientLM(ClosedAtEnd, dspy.LM):
         prompt_cache: As for `dspy.LM`.
         name: Name in errors, events, logs and metrics. Default: the model.
         circuit: True (default), False, a `CircuitPolicy`, or a `CircuitBreaker` to share.
-        max_wait: Seconds a call may wait for an open circuit. 0 fails fast; default 15.
+        max_wait: Seconds a call may wait for an open circuit, unless it was forced open without
+            end. 0 fails fast; default 15.
         retry: A `RetryPolicy`.
         limits: A `LimitPolicy`, or an int: the most attempts at a time. Default None: no limit.
         fallbacks: Where a call goes when the primary cannot answer, in order: model names,
