@@ -133,8 +133,8 @@ class Route:
     def look_ahead(self) -> None:
         """Have the store asked now what it would be asked soon, while there is a wait anyway."""
         for link in (*self.links, self.shared):
-            if link is not None and link.is_old:
-                link.ask()
+            if link is not None:
+                link.question()
 
     def is_slow(self, seconds: float) -> bool:
         """Whether an answer that took `seconds` counts as slow."""

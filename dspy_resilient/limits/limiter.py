@@ -60,6 +60,7 @@ class Limiter:
         self.policy = policy
         self._rates = Rates(policy.rpm, policy.tpm) if rates is None else rates
         self._rates.wake = self.look_again
+        self._has_others = self._rates.patience > 0
         self._clock = clock
         self._client = client
         self._target = target
@@ -121,7 +122,8 @@ class Limiter:
                     slot.future = pending()
                     self._queue[slot] = None
                     self._queued_tokens += slot.tokens
-                    self._foresee()
+                    if self._has_others:
+                        self._foresee()
             self._resolve(woken)
         except BaseException:  # Ctrl-C
             slot.leave(sent=False)
@@ -238,7 +240,8 @@ class Limiter:
             if head.future is not RESOLVED:
                 woken.append(head.future)
                 head.future = RESOLVED
-        self._foresee()
+        if self._has_others:
+            self._foresee()
         return woken
 
     def _unqueue(self, slot: Slot) -> None:
@@ -280,7 +283,7 @@ class Limiter:
                 self._lock.release()
             for future in woken:
                 future.set_result(None)
-        if not self._lock.locked():  # else its holder comes here
+        if self._has_others and not self._lock.locked():  # else its holder comes here
             self._rates.fetch()
 
     def _resolve(self, woken: Iterable[Future[None]]) -> None:

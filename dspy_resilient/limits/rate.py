@@ -90,7 +90,8 @@ class Rates:
 
     def ready_at(self, tokens: float) -> float:
         """Return the clock's reading at which to look whether one request may go, or it may."""
-        return self.turn_at(tokens, 0, 0)
+        ready = -math.inf if self._requests is None else self._requests.ready_at(1)
+        return ready if self._tokens is None else max(ready, self._tokens.ready_at(tokens))
 
     def turn_at(self, tokens: float, requests_before: float, tokens_before: float) -> float:
         """Return from when one request may go behind others, as far as is known: a lower bound."""

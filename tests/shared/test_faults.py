@@ -16,6 +16,8 @@ import redis
 
 from dspy_resilient import CachePolicy, CircuitOpenError, CircuitPolicy, LimitPolicy, ResilientLM
 from dspy_resilient.events import StoreFound, StoreLost
+from dspy_resilient.shared import MemoryStore
+from dspy_resilient.shared.link import Link
 from dspy_resilient.testing import Status, rate_limited
 
 PROCESSES = int(os.environ.get("FLEET_PROCESSES", "4"))
@@ -152,6 +154,33 @@ def has_peace(told):
     told.clear()
     time.sleep(0.5)
     return not told
+
+
+class Stuck(MemoryStore):
+    """A user's own store, which hangs when the test says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+
+    def together(self, verbs):
+        self.goes_on.wait()
+        return super().together(verbs)
+
+
+def test_an_attempt_waits_for_the_store_once_whatever_it_has_to_ask(provider, make, monkeypatch):
+    """Rates first, then circuit, gate and budget: all have been asked when the first wait begins."""
+    monkeypatch.setattr(Link, "patience", 3.0)
+    store = Stuck()
+    lm = make(shared=store, **{**ALL, "cache": False})
+    lm("first")
+    time.sleep(0.3)  # what is known is old
+    store.goes_on.clear()
+    started = time.monotonic()
+    assert lm("q") == ["Paris"]
+    assert 2.9 < time.monotonic() - started < 6
+    store.goes_on.set()
 
 
 def test_an_emptied_store_changes_nothing(provider, make, valkey, patient, ask):
