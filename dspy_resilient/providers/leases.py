@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Loop = asyncio.AbstractEventLoop
 
-_using: ContextVar[Use | None] = ContextVar("dspy_resilient_using", default=None)
+# Weakly: Ctrl-C may strike before an attempt can end its use.
+_using: ContextVar[weakref.ref[Use] | None] = ContextVar("dspy_resilient_using", default=None)
 
 
 class _Leased:
@@ -32,12 +33,17 @@ class _Leased:
 
     def __init__(self, client: Any, http: HttpClient) -> None:
         loop = asyncio._get_running_loop()  # noqa: SLF001  # documented
-        self.users: set[Use] = set()
+        self.users: set[weakref.ref[Use]] = set()
         self.is_retired = False
         self.is_foreign = False
         self._client = weakref.ref(client)
         self._http = weakref.ref(http)
         self._loop = None if loop is None else weakref.ref(loop)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether an attempt under way sends through it."""
+        return any(user() is not None for user in list(self.users))
 
     def keep_idle_connections(self) -> None:
         """Have what LiteLLM has made close no connection as surplus; see `closing`."""
@@ -58,7 +64,7 @@ class _Leased:
         for key, value in cached.entries():
             if value is client:
                 cached.forget(key)
-        if not self.users:
+        if not self.is_in_use:
             self.close()
 
     def retired_on(self, loop: Loop) -> HttpClient | None:
@@ -149,21 +155,22 @@ class Connections:
 class Use:
     """One attempt, from `Connections.use()` to `end()`."""
 
-    __slots__ = ("_connections", "_leased", "_over", "_token")
+    __slots__ = ("__weakref__", "_connections", "_leased", "_ref", "_token", "is_over")
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self._leased: list[_Leased] = []
-        self._over = False
-        self._token: Token[Use | None] = _using.set(self)
+        self.is_over = False
+        self._ref = weakref.ref(self)
+        self._token: Token[weakref.ref[Use] | None] = _using.set(self._ref)
 
     def takes(self, leased: _Leased) -> bool:
         """Count this attempt among the users of a client; False if that has just been retired."""
-        if self._over or leased in self._leased:
+        if self.is_over or leased in self._leased:
             return True
-        leased.users.add(self)
+        leased.users.add(self._ref)
         if leased.is_retired:  # asked after it was added: `retire` looks at the users last
-            leased.users.discard(self)
+            leased.users.discard(self._ref)
             return False
         self._leased.append(leased)
         self._connections._learn(leased)  # noqa: SLF001  # its other half
@@ -171,12 +178,12 @@ class Use:
 
     def end(self) -> None:
         """End the attempt, in the context in which it began; idempotent."""
-        if self._over:
+        if self.is_over:
             return
-        self._over = True
+        self.is_over = True
         for leased in self._leased:
-            leased.users.discard(self)
-            if leased.is_retired and not leased.users:
+            leased.users.discard(self._ref)
+            if leased.is_retired and not leased.is_in_use:
                 leased.close()
         with suppress(ValueError):  # the collector ends it in another context
             _using.reset(self._token)
@@ -185,6 +192,17 @@ class Use:
 def retired(loop: Loop) -> list[HttpClient]:
     """Return the HTTP clients of `loop` that their last attempt was to close."""
     return _leases.retired(loop)
+
+
+def _in_use() -> Use | None:
+    """Return the attempt that this context is in, if it is not over.
+
+    What an attempt has started goes on in its context: a task, a timer, or the thread that Ctrl-C
+    struck.
+    """
+    ref = _using.get()
+    use = None if ref is None else ref()
+    return None if use is None or use.is_over else use
 
 
 def count_uses(cache: Any) -> None:
@@ -198,7 +216,7 @@ def count_uses(cache: Any) -> None:
         leased = None if client is None else _leases.find(client)
         if leased is None:
             return client
-        use = _using.get()
+        use = _in_use()
         if use is None:
             leased.is_foreign = True
             return client
@@ -212,7 +230,7 @@ def count_uses(cache: Any) -> None:
         leased.keep_idle_connections()
         if options.get("litellm_owned_client"):
             leased.close_when_dropped()
-        use = _using.get()
+        use = _in_use()
         if use is None:
             leased.is_foreign = True
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import threading
 import time
@@ -128,6 +129,43 @@ def test_a_client_that_somebody_else_uses_is_left_to_them(provider, make):
     lm._runtime.connections.renew()
     assert not client.is_closed()
     assert clients(provider.url) == []
+
+
+def test_what_an_attempt_has_started_is_somebody_else_once_that_is_over(provider, make):
+    """A task or a timer goes on in the attempt's context (R34)."""
+    lm, contexts = make(cache=False, timeout=30), []
+    messages = [{"role": "user", "content": "?"}]
+    settings = {"api_base": provider.api_base, "api_key": KEY, "timeout": 30, "max_retries": 0}
+    use = lm._runtime.connections.use()
+    contexts.append(contextvars.copy_context())
+    use.end()
+    lm("?")
+    contexts[0].run(litellm.completion, "openai/test", messages, num_retries=0, **settings)
+    (client,) = clients(provider.url)
+    lm._runtime.connections.renew()
+    assert not client.is_closed()
+
+
+def test_a_use_that_nobody_could_end_counts_no_more(provider, make):
+    """Ctrl-C may strike before it ends, and leaves it in the thread's context (R34)."""
+    lm = make(cache=False, timeout=30)
+    messages = [{"role": "user", "content": "?"}]
+    settings = {"api_base": provider.api_base, "api_key": KEY, "timeout": 30, "max_retries": 0}
+
+    def interrupted():
+        use = lm._runtime.connections.use()
+        litellm.completion("openai/test", messages, num_retries=0, **settings)
+        del use
+        (client,) = clients(provider.url)
+        lm._runtime.connections.renew()
+        assert client.is_closed()
+        litellm.completion("openai/test", messages, num_retries=0, **settings)
+        (client,) = clients(provider.url)
+        lm("?")
+        lm._runtime.connections.renew()
+        assert not client.is_closed()
+
+    contextvars.copy_context().run(interrupted)
 
 
 def test_what_litellm_drops_is_closed(provider, make):
