@@ -215,7 +215,8 @@ class Soak:
             await self._close_own()
         if what > 0.96:
             return await self._stream(name, question)
-        timeout = dice.choice([None, None, None, 30.0, 0.05])
+        # Nothing but a deadline ends one that reads its answer when its client is closed under it.
+        timeout = dice.choice([30.0, 30.0, 30.0, 0.05])
         task = asyncio.ensure_future(self.clients.arequest(name, question, timeout=timeout))
         if 0.1 < what < 0.2:
             await asyncio.sleep(dice.random() * 0.02)
