@@ -7,7 +7,8 @@ nothing: first values that the first change of state sets anew, a failure counte
 noticed in `test_circuit_crowd.py` and `test_early_probes.py`. In `breaker.py` they are: the jitter's
 source, which is read where circuits are shared, a number that no generation has, the shortcut of a
 closed circuit, a default lease below the shortest, and a default that every caller fills in; in
-`describe.py` how much of an endless text is read.
+`describe.py` how much of an endless text is read; in `permit.py` `__slots__`; in `early.py` None for
+False.
 """
 
 from __future__ import annotations
