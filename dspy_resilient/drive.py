@@ -20,7 +20,7 @@ from dspy_resilient.steps import Disk, Prepare, Wait
 from dspy_resilient.underway import end_stranded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer
@@ -138,22 +138,31 @@ async def _await(step: Wait, running: Running) -> Any:
 
     if step.future is not None:
         step.future.add_done_callback(wake)
-    with suppress(TimeoutError), running.ended_by(wake), _looking_around(loop):
-        async with asyncio.timeout(None if math.isinf(step.seconds) else step.seconds):
-            await woken.wait()
+    with running.ended_by(wake), _looking_around(loop, step.seconds, woken.set):
+        await woken.wait()
     running.calls.check()
     return step.future.result() if step.future is not None and step.future.done() else None
 
 
 @contextmanager
-def _looking_around(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """Look for stranded calls while a task waits, without waking it."""
+def _looking_around(
+    loop: asyncio.AbstractEventLoop, seconds: float, wake: Callable[[], None]
+) -> Iterator[None]:
+    """Look for stranded calls while a task waits; `wake` it after `seconds`, and not before.
+
+    `asyncio.timeout` would hold the task, and CPython 3.11 crashes if it is the last to do so: the
+    collector of a task whose loop is closed then closes a coroutine that is just being closed.
+    """
     again: asyncio.Handle
+    until = loop.time() + seconds
 
     def look() -> None:
         nonlocal again
         end_stranded()
-        again = loop.call_later(_LOOK_AROUND, look)
+        if (left := until - loop.time()) > 0:
+            again = loop.call_later(min(left, _LOOK_AROUND), look)
+        else:
+            wake()
 
     again = loop.call_soon(look)
     try:
@@ -168,7 +177,11 @@ async def _attempt(attempt: Attempt) -> Answer:
 
 
 async def _attempt_within(attempt: Attempt, running: Running) -> Answer:
-    """Run `attempt` under its time limit; past it, or when it is ended, the attempt is cancelled."""
+    """Run `attempt` under its time limit; past it, or when it is ended, the attempt is cancelled.
+
+    `limit` has a name so that the task lives as long as this frame, whatever timeout further down
+    lets go of it (see `_looking_around`).
+    """
     loop = asyncio.get_running_loop()
     limit = asyncio.timeout(None if math.isinf(attempt.limit) else attempt.limit)
     try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -210,3 +212,42 @@ def test_its_memory_comes_back(make, strand, kept, hold, restarts):
     asyncio.run(providers.tend())
     gc.collect()
     assert task() is None
+
+
+WOKEN_AND_STRANDED = """
+import asyncio, gc
+from dspy_resilient import ResilientLM, providers
+
+providers.load()
+lm = ResilientLM("openai/m", api_base="http://127.0.0.1:9/v1", api_key="k", cache=False, max_wait=60)
+lm.circuit.trip()
+gc.disable()
+
+async def ask():
+    await lm.acall("q")
+
+async def turn():
+    await asyncio.sleep(0.1)
+
+loop = asyncio.new_event_loop()
+task = loop.create_task(ask())
+loop.run_until_complete(turn())
+lm.circuit.reset()
+loop.call_soon(loop.stop)
+loop.run_forever()
+loop.close()
+middle = task.get_coro().cr_await
+waits = middle.cr_await
+del loop, task
+middle.close()
+assert waits.cr_frame is None
+print("alive")
+"""
+
+
+def test_collector_may_begin_anywhere_in_a_call_that_waits():
+    """CPython 3.11 must not be led into closing a coroutine that is just being closed."""
+    command = [sys.executable, "-c", WOKEN_AND_STRANDED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+    assert "already executing" not in done.stderr
