@@ -204,6 +204,7 @@ class Process:
         self.pipe, far = spawn.Pipe()
         self.process = spawn.Process(target=target, args=(far, *args), daemon=True)
         self.process.start()
+        far.close()  # so that a process that dies is an EOFError here, and no silence
 
     def ask(self, order):
         self.pipe.send(order)

@@ -18,7 +18,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import dspy
@@ -91,7 +91,7 @@ def run_on_a_loop(coroutine):
         try:
             return await coroutine
         finally:
-            await litellm.close_litellm_async_clients()
+            await close_async_clients()
             shared = vars(litellm).get("module_level_aclient")
             if isinstance(shared, AsyncHTTPHandler):  # else it is our stand-in, which stays
                 del litellm.module_level_aclient  # made again when needed
@@ -99,6 +99,14 @@ def run_on_a_loop(coroutine):
                 await shared.close()
 
     return asyncio.run(run())
+
+
+async def close_async_clients():
+    """Close LiteLLM's async clients; again, where the cache has changed under it meanwhile."""
+    for _ in range(10):
+        with suppress(RuntimeError):
+            await litellm.close_litellm_async_clients()
+            return
 
 
 @contextmanager
