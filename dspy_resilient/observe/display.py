@@ -206,7 +206,7 @@ def _text(text: str) -> str:
 
 def _box(content: str) -> str:
     style = (
-        "display:inline-block;max-width:100%;overflow-x:auto;padding:8px 12px;"
+        "display:inline-block;max-width:100%;box-sizing:border-box;overflow-x:auto;padding:8px 12px;"
         "border:1px solid rgba(128,128,128,.4);border-radius:6px"
     )
     return f'<div style="{style}">{content}</div>'
