@@ -72,6 +72,9 @@ def answer_orders(pipe, jobs):
 def _builder(side, dspy):
     def build(base, **options):
         options = {"engine": "litellm", "api_base": base, "api_key": KEY, **options}
+        # Among 64 threads a request of plain `dspy.LM` now and then waits until its timeout: its HTTP
+        # pool closes surplus connections under whoever has just taken one.
+        options.setdefault("timeout", 20.0)
         if side == "plain":
             return dspy.LM("openai/test", **options)
         from dspy_resilient import CachePolicy, ResilientLM
