@@ -61,10 +61,15 @@ def run(steps: Steps[T], running: Running) -> T:
 
 
 async def arun(steps: Steps[T], running: Running) -> T:
-    """Drive `steps` to the end on the running loop and return its result, as `run` does."""
+    """Drive `steps` to the end on the running loop and return its result, as `run` does.
+
+    Once that loop is closed nothing goes on, whatever is made of the end in a step: it is the
+    collector that is here then, on a thread and in a context that are somebody else's.
+    """
     resume: Any = steps.send
     value: Any = None
-    running.depend_on(asyncio.get_running_loop(), steps)
+    loop = asyncio.get_running_loop()
+    running.depend_on(loop, steps)
     with closing(steps):  # Ctrl-C may strike in here, and its traceback would keep them open
         while True:
             try:
@@ -74,7 +79,9 @@ async def arun(steps: Steps[T], running: Running) -> T:
                 return result
             try:
                 value = await _aperform(step, running)
-            except BaseException as error:  # noqa: BLE001  # every kind belongs to the generator
+            except BaseException as error:
+                if loop.is_closed():
+                    raise
                 resume, value = steps.throw, error
             else:
                 resume = steps.send

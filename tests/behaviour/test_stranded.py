@@ -7,13 +7,16 @@ holds comes back all the same, within half a second of anybody's needing it (R8,
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import subprocess
 import sys
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
+import dspy
 import pytest
 
 from dspy_resilient import LimitPolicy, providers
@@ -212,6 +215,19 @@ def test_its_memory_comes_back(make, strand, kept, hold, restarts):
     asyncio.run(providers.tend())
     gc.collect()
     assert task() is None
+
+
+def test_collector_ends_a_call_and_no_more(provider, make, strand, kept, hold):
+    """Nothing is tried again on the thread, or put into the context, that it happens to run in (R8)."""
+    lm = make()
+    strand(lm, "q")
+    requests = provider.count
+    somebody_elses = contextvars.Context()
+    with suppress(dspy.LMError):  # what DSPy makes of the end
+        somebody_elses.run(kept.pop().get_coro().cr_await.close)
+    assert not [each for each in somebody_elses if each.name.startswith("dspy_resilient")]
+    assert (provider.count, lm.stats().retries, lm.stats().restarts) == (requests, 0, 0)
+    assert lm.health().in_flight == 0
 
 
 WOKEN_AND_STRANDED = """
