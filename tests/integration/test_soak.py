@@ -44,6 +44,7 @@ THREADS, LOOPS, AT_ONCE = 12, 3, 12
 DESCRIPTORS = Path("/proc/self/fd")
 TROUBLE = {"break": 1, "restart": 5, "stop": 5, "trip": 5, "clear": 5, "health": 5}
 NAMES = ("plain", "cached", "tight", "backed", "volatile")
+SIGNATURE = dspy.Signature("question -> answer")  # CPython 3.11 cannot always parse on two threads
 
 
 class Held:
@@ -231,7 +232,7 @@ class Soak:
 
     async def _stream(self, name, question):
         """Stream an answer; nothing but a deadline ends one whose client is closed under it."""
-        program = dspy.streamify(dspy.Predict("question -> answer"), is_async_program=True)
+        program = dspy.streamify(dspy.Predict(SIGNATURE), is_async_program=True)
         prediction = None
         try:
             lm = self.clients[name].copy(deadline=5.0)
