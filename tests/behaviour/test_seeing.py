@@ -119,7 +119,9 @@ def test_a_client_explains_itself(make, provider, ask):
     ask(lm, "a")
     first, second = lm.explain().splitlines()
     assert first.startswith("fast: openai/test at http")
-    assert "open for 0.0 s (failures), for 30 s more; last error: " in first
+    assert re.search(
+        r"open for [0-2]\.\d s \(failures\), for (28|29|30) s more; last error: ", first
+    )
     assert second.startswith("fast: openai/other at http")
     assert "closed for" in second
 
@@ -130,7 +132,7 @@ def test_a_throttled_client_says_so(make, provider):
     provider.script(rate_limited("30"))
     with pytest.raises(dspy.LMRateLimitError):
         lm("a")
-    assert "throttled for 30 s more" in lm.explain()
+    assert re.search("throttled for (28|29|30) s more", lm.explain())
 
 
 def test_a_queue_is_explained(make, provider):
