@@ -68,8 +68,7 @@ async def arun(steps: Steps[T], running: Running) -> T:
     """
     resume: Any = steps.send
     value: Any = None
-    loop = asyncio.get_running_loop()
-    running.depend_on(loop, steps)
+    running.depend_on(asyncio.get_running_loop(), steps)
     with closing(steps):  # Ctrl-C may strike in here, and its traceback would keep them open
         while True:
             try:
@@ -80,7 +79,7 @@ async def arun(steps: Steps[T], running: Running) -> T:
             try:
                 value = await _aperform(step, running)
             except BaseException as error:
-                if loop.is_closed():
+                if running.is_stranded:
                     raise
                 resume, value = steps.throw, error
             else:
@@ -145,17 +144,17 @@ async def _await(step: Wait, running: Running) -> Any:
 
     if step.future is not None:
         step.future.add_done_callback(wake)
-    with running.ended_by(wake), _looking_around(loop, step.seconds, woken.set):
+    with running.ended_by(wake), _woken_after(step.seconds, woken.set, loop):
         await woken.wait()
     running.calls.check()
     return step.future.result() if step.future is not None and step.future.done() else None
 
 
 @contextmanager
-def _looking_around(
-    loop: asyncio.AbstractEventLoop, seconds: float, wake: Callable[[], None]
+def _woken_after(
+    seconds: float, wake: Callable[[], None], loop: asyncio.AbstractEventLoop
 ) -> Iterator[None]:
-    """Look for stranded calls while a task waits; `wake` it after `seconds`, and not before.
+    """Have `wake` called after `seconds`; until then, look for stranded calls now and then.
 
     `asyncio.timeout` would hold the task, and CPython 3.11 crashes if it is the last to do so: the
     collector of a task whose loop is closed then closes a coroutine that is just being closed.
@@ -187,7 +186,7 @@ async def _attempt_within(attempt: Attempt, running: Running) -> Answer:
     """Run `attempt` under its time limit; past it, or when it is ended, the attempt is cancelled.
 
     `limit` has a name so that the task lives as long as this frame, whatever timeout further down
-    lets go of it (see `_looking_around`).
+    lets go of it (see `_woken_after`).
     """
     loop = asyncio.get_running_loop()
     limit = asyncio.timeout(None if math.isinf(attempt.limit) else attempt.limit)
