@@ -598,9 +598,26 @@ def is_stalled(lm, provider, stage):
     }[stage]()
 
 
+@pytest.fixture
+async def timers(monkeypatch):
+    """The timers that this package sets on the running loop."""
+    loop, ours = asyncio.get_running_loop(), []
+
+    def noting(delay, callback, *args, call_later=loop.call_later, **options):
+        timer = call_later(delay, callback, *args, **options)
+        if str(callback.__module__).startswith("dspy_resilient"):
+            ours.append(timer)
+        return timer
+
+    monkeypatch.setattr(loop, "call_later", noting)
+    return ours
+
+
 @pytest.mark.parametrize("stage", STAGES)
-async def test_a_task_cancelled_at_any_stage_leaves_nothing_behind(provider, stalled, stage):
-    """Neutral, and everything given back at once (R21)."""
+async def test_a_task_cancelled_at_any_stage_leaves_nothing_behind(
+    provider, stalled, timers, stage
+):
+    """Neutral, and everything given back at once, timers included (R21)."""
     lm, resume = stalled(stage)
     before = provider.count
     task = asyncio.create_task(lm.acall("q"))
@@ -608,6 +625,9 @@ async def test_a_task_cancelled_at_any_stage_leaves_nothing_behind(provider, sta
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert bool(timers) == (stage != "attempt")
+    now = asyncio.get_running_loop().time()
+    assert all(timer.cancelled() or timer.when() <= now for timer in timers)
     await asyncio.to_thread(resume)
     assert leftovers(lm) == {}
     assert provider.count - before == (stage in ("backoff", "attempt"))
