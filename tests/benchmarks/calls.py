@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # for whoever imports this, too
 PROMPT = ("The quick brown fox jumps over the lazy dog. " * 14)[:600]
 KEY = "dummy-key-for-benchmarks"
 
@@ -39,7 +40,6 @@ def serve(pipe, latency):
 
 
 def work(pipe, side, bases):
-    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     import dspy
 
     dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
@@ -71,10 +71,15 @@ def answer_orders(pipe, jobs):
 
 def _builder(side, dspy):
     def build(base, **options):
-        options = {"engine": "litellm", "api_base": base, "api_key": KEY, **options}
         # Among 64 threads a request of plain `dspy.LM` now and then waits until its timeout: its HTTP
         # pool closes surplus connections under whoever has just taken one.
-        options.setdefault("timeout", 20.0)
+        options = {
+            "engine": "litellm",
+            "api_base": base,
+            "api_key": KEY,
+            "timeout": 20.0,
+            **options,
+        }
         if side == "plain":
             return dspy.LM("openai/test", **options)
         from dspy_resilient import CachePolicy, ResilientLM

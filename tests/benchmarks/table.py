@@ -217,7 +217,6 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="leave the outage out")
     options = parser.parse_args()
-    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     found = run(options.rounds, options.quick)
     print("\n".join(lines(found)))
     if options.json:
