@@ -46,8 +46,8 @@ def work(pipe, side, bases):
     dspy.settings.configure(max_history_size=100)
     build = _builder(side, dspy)
     jobs = (
-        {"uncached": Uncached(Router(bases["fast"]))}
-        if side == "router"
+        {"uncached": Uncached(OTHERS[side](bases["fast"]))}
+        if side in OTHERS
         else {
             "hit": Hits(build(bases["fast"])),
             "uncached": Uncached(build(bases["fast"], cache=False)),
@@ -125,6 +125,22 @@ class Router:
 
     def __call__(self, prompt):
         return self.router.completion(model="test", messages=[{"role": "user", "content": prompt}])
+
+
+class LangChain:
+    """LangChain's chat model with a fallback that is not needed, called as an LM."""
+
+    def __init__(self, base):
+        from langchain_openai import ChatOpenAI
+
+        model = ChatOpenAI(model="test", base_url=base, api_key=KEY, max_retries=0)
+        self.model = model.with_fallbacks([model])
+
+    def __call__(self, prompt):
+        return self.model.invoke(prompt)
+
+
+OTHERS = {"router": Router, "langchain": LangChain}
 
 
 class Hits:

@@ -49,6 +49,7 @@ def beside_others(sides, rounds):
         "dspy.LM, engine litellm": ("plain", "uncached"),
         "dspy.LM, engine auto (its default)": ("plain", "auto"),
         "litellm.Router, one deployment": ("router", "uncached"),
+        "LangChain's ChatOpenAI, with_fallbacks": ("langchain", "uncached"),
         "ResilientLM, engine litellm (its default)": ("ours", "uncached"),
         "ResilientLM, engine auto": ("ours", "auto"),
     }
@@ -149,7 +150,7 @@ def run(rounds, quick):
     """Measure everything, and return it as JSON-ready values."""
     servers = {"fast": calls.Process(calls.serve, 0.0), "slow": calls.Process(calls.serve, 0.05)}
     bases = {name: server.pipe.recv() for name, server in servers.items()}
-    names = ("plain", "ours", "router", "unwatched", *WATCHING)
+    names = ("plain", "ours", *calls.OTHERS, "unwatched", *WATCHING)
     sides = {side: calls.Process(calls.work, side, bases) for side in names}
     for side in sides.values():
         side.pipe.recv()
