@@ -97,6 +97,13 @@ class Side:
             self.provider.up()
             self._back_at = time.monotonic()
 
+    def close(self) -> None:
+        """Close the client; a `ResilientLM` ends what its callers wait for, too."""
+        if isinstance(self.lm, ResilientLM):
+            self.lm.close(grace=0.0)
+        else:
+            self.lm.close()
+
     @property
     def sent_while_down(self) -> int | None:
         """Requests that the dead provider had to refuse; None for a real one."""
@@ -207,7 +214,9 @@ def run_demo(seconds: float, model: str | None, api_base: str | None, out: TextI
         board = Board(sides, out)
         started = time.monotonic()
         for side in sides * CALLERS:
-            caller = threading.Thread(target=side.call_until, args=(over,), daemon=True)
+            caller = threading.Thread(
+                target=side.call_until, args=(over,), name=f"demo-{side.name}", daemon=True
+            )
             caller.start()
             callers.append(caller)
         _stage(sides, board, seconds, outage=model is None)
@@ -247,10 +256,10 @@ def _side(
         if model is None:
             provider = stack.enter_context(Provider(dspy_answers(sentiment_of), latency=LATENCY))
             where = {"api_base": provider.api_base, "api_key": "none"}
-        lm = make(model or "openai/demo", **where)
-        stack.callback(lm.close)
-        lm("Say hello.")  # imports and connects before the clock runs
-        yield Side(name, lm, provider)
+        side = Side(name, make(model or "openai/demo", **where), provider)
+        stack.callback(side.close)
+        side.lm("Say hello.")  # imports and connects before the clock runs
+        yield side
 
 
 def _plain(model: str, **where: Any) -> dspy.LM:

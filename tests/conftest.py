@@ -70,7 +70,7 @@ def provider(provider):
 
 @pytest.fixture
 def make(provider):
-    """Build a `ResilientLM` that talks to the local provider; closed at the end of the test."""
+    """Build a `ResilientLM` that talks to the local provider; the end of the test ends its calls."""
     made = []
 
     def build(model="openai/test", **options):
@@ -81,7 +81,7 @@ def make(provider):
 
     yield build
     for lm in made:
-        lm.close()
+        lm.close(grace=0)
 
 
 @pytest.fixture

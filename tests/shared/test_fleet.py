@@ -18,7 +18,7 @@ from dspy_resilient.testing import Hold, Status
 
 PROCESSES = int(os.environ.get("FLEET_PROCESSES", "8"))
 CALLERS = 8
-POLICY = CircuitPolicy(failure_threshold=5, recovery_time=2, max_recovery_time=2, jitter=0)
+POLICY = CircuitPolicy(failure_threshold=5, recovery_time=5, max_recovery_time=5, jitter=0)
 ONCE = {"num_retries": 0, "cache": False, "max_wait": 0, "api_key": "dummy-key-for-tests"}
 forked = multiprocessing.get_context("fork")
 
@@ -109,7 +109,7 @@ def test_an_outage_costs_the_threshold_and_what_was_under_way(provider, valkey, 
         down.release()
         until_open(valkey)
         provider.always(gate)  # from the opening on, every request stays there to be counted
-        time.sleep(1.0)
+        time.sleep(3.5)  # for those who were let go before they could know
         opened = provider.count
         assert opened - before <= POLICY.failure_threshold + 2 * PROCESSES
         until(lambda: provider.count > opened)

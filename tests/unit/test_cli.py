@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import threading
+import time
 
 import dspy
 import pytest
@@ -93,6 +94,11 @@ def test_ctrl_c_ends_the_demo_cleanly(monkeypatch):
     assert main(["demo", "--seconds", "5"]) == 130
     assert out.getvalue().endswith("Stopped.\n")
     assert not [t for t in threading.enumerate() if t.name == "dspy-resilient-provider"]
+    callers = [t for t in threading.enumerate() if t.name.startswith("demo-")]
+    end = time.monotonic() + 15  # nothing ends the retries of plain dspy.LM
+    for caller in callers:
+        caller.join(max(0.0, end - time.monotonic()))
+    assert not [each.name for each in callers if each.is_alive()]
 
 
 @pytest.mark.parametrize(
