@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without it
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
@@ -59,6 +60,15 @@ def _dspy_cache_untouched():
     """Nothing of ours goes through DSPy's global cache; what a test of plain DSPy puts there goes."""
     yield
     dspy.cache.reset_memory_cache()
+
+
+@pytest.fixture(autouse=True)
+def _attempts_end():
+    """An attempt that its caller has left ends with its provider, before the next test begins."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("attempt:"):
+            thread.join(10)
 
 
 @pytest.fixture
