@@ -20,7 +20,7 @@ from dspy_resilient.steps import Disk, Prepare, Wait
 from dspy_resilient.underway import end_stranded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from dspy_resilient.attempt import Attempt
     from dspy_resilient.cache import Answer
@@ -45,7 +45,10 @@ def run(steps: Steps[T], running: Running) -> T:
     """Drive `steps` to the end on this thread and return its result; what ends it ends `running`."""
     resume: Any = steps.send
     value: Any = None
-    with closing(steps):  # Ctrl-C may strike in here, and its traceback would keep them open
+    with (
+        running,
+        closing(steps),
+    ):  # Ctrl-C may strike in here, and its traceback would keep them open
         while True:
             try:
                 step = resume(value)
@@ -60,16 +63,24 @@ def run(steps: Steps[T], running: Running) -> T:
                 resume = steps.send
 
 
-async def arun(steps: Steps[T], running: Running) -> T:
+def arun(steps: Steps[T], running: Running) -> Coroutine[Any, Any, T]:
     """Drive `steps` to the end on the running loop and return its result, as `run` does.
 
-    Once that loop is closed nothing goes on, whatever is made of the end in a step: it is the
-    collector that is here then, on a thread and in a context that are somebody else's.
+    Once that loop is closed nothing goes on, whatever is made of the end in a step: who closes the
+    coroutine then is on a thread and in a context that are somebody else's.
     """
+    coroutine = _arun(steps, running)
+    running.depend_on(asyncio.get_running_loop(), asyncio.current_task(), coroutine)
+    return coroutine
+
+
+async def _arun(steps: Steps[T], running: Running) -> T:
     resume: Any = steps.send
     value: Any = None
-    running.depend_on(asyncio.get_running_loop(), steps)
-    with closing(steps):  # Ctrl-C may strike in here, and its traceback would keep them open
+    with (
+        running,
+        closing(steps),
+    ):  # Ctrl-C may strike in here, and its traceback would keep them open
         while True:
             try:
                 step = resume(value)
@@ -154,11 +165,7 @@ async def _await(step: Wait, running: Running) -> Any:
 def _woken_after(
     seconds: float, wake: Callable[[], None], loop: asyncio.AbstractEventLoop
 ) -> Iterator[None]:
-    """Have `wake` called after `seconds`; until then, look for stranded calls now and then.
-
-    `asyncio.timeout` would hold the task, and CPython 3.11 crashes if it is the last to do so: the
-    collector of a task whose loop is closed then closes a coroutine that is just being closed.
-    """
+    """Have `wake` called after `seconds`; until then, look for stranded calls now and then."""
     again: asyncio.Handle
     until = loop.time() + seconds
 
@@ -183,11 +190,7 @@ async def _attempt(attempt: Attempt) -> Answer:
 
 
 async def _attempt_within(attempt: Attempt, running: Running) -> Answer:
-    """Run `attempt` under its time limit; past it, or when it is ended, the attempt is cancelled.
-
-    `limit` has a name so that the task lives as long as this frame, whatever timeout further down
-    lets go of it (see `_woken_after`).
-    """
+    """Run `attempt` under its time limit; past it, or when it is ended, the attempt is cancelled."""
     loop = asyncio.get_running_loop()
     limit = asyncio.timeout(None if math.isinf(attempt.limit) else attempt.limit)
     try:

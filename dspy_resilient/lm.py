@@ -267,8 +267,8 @@ class ResilientLM(ClosedAtEnd, dspy.LM):
     def _complete(self, call: Call) -> Any:
         started = self._runtime.begin("calls")
         try:
-            with self._runtime.under_way.call() as running:
-                served = drive.run(complete(call, self._runtime), running)
+            steps = complete(call, self._runtime)
+            served = drive.run(steps, self._runtime.under_way.call())
         except BaseException as error:
             self._finished(call, started, error=error)
             raise
@@ -277,8 +277,8 @@ class ResilientLM(ClosedAtEnd, dspy.LM):
     async def _acomplete(self, call: Call) -> Any:
         started = self._runtime.begin("calls")
         try:
-            with self._runtime.under_way.call() as running:
-                served = await drive.arun(complete(call, self._runtime), running)
+            steps = complete(call, self._runtime)
+            served = await drive.arun(steps, self._runtime.under_way.call())
         except BaseException as error:
             self._finished(call, started, error=error)
             raise

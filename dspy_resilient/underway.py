@@ -3,25 +3,23 @@
 A client that is being closed lets its calls finish for a while and then ends what is left. A call
 is ended in the step it is in, so that it leaves nothing behind: its driver says, for each step that
 takes time, what would end it. A call is stranded when its event loop was closed under it: nothing
-will ever go on with it, nor give back what it holds. Since its steps wait for nothing, they can be
-closed from anywhere; whoever waits for something looks for such calls now and then. This module
-waits for nothing.
+will ever go on with it, nor give back what it holds. Its coroutine can be closed from anywhere then;
+whoever waits for something looks for such calls now and then. This module waits for nothing.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextvars
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, Self
-from weakref import WeakValueDictionary
 
 from dspy_resilient.errors import ClientClosedError
 from dspy_resilient.fork import renew_after_fork
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
 
 class Loop(Protocol):
@@ -52,7 +50,6 @@ class UnderWay:
         self._client = client
         self.renew()
         renew_after_fork(self)
-        _lookout.watch(self)
 
     def renew(self) -> None:
         """Forget, in a forked child, what only its parent has under way."""
@@ -117,33 +114,38 @@ class UnderWay:
 class Running:
     """One call under way."""
 
-    __slots__ = ("_end", "_loop", "_steps", "calls")
+    __slots__ = ("_coroutine", "_end", "_loop", "_task", "calls")
 
     def __init__(self, calls: UnderWay) -> None:
         """Belong to `calls`, which alone makes them."""
         self.calls = calls
         self._end: Callable[[], object] | None = None
+        self._coroutine: Coroutine[Any, Any, Any] | None = None
         self._loop: Loop | None = None
-        self._steps: Generator[Any, Any, Any] | None = None
+        self._task: object = None
 
     def __enter__(self) -> Self:
         """Begin."""
         self.calls.add(self)
+        if self._loop is not None:
+            _lookout.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End."""
+        """End; if stranded, the task is let go of later, when nobody is in the middle of it."""
         self.calls.discard(self)
+        if not self.is_stranded:
+            self._let_go()
 
-    def depend_on(self, loop: Loop, steps: Generator[Any, Any, Any]) -> None:
-        """Note that only `loop` goes on with `steps`."""
-        self._loop = loop
-        self._steps = steps
+    def depend_on(self, loop: Loop, task: object, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Note that only `loop` goes on with `coroutine`, which belongs to its `task`."""
+        self._coroutine, self._loop, self._task = coroutine, loop, task
 
     @property
     def is_stranded(self) -> bool:
         """Whether nothing will ever go on with this call."""
-        return self._loop is not None and self._loop.is_closed()
+        loop = self._loop
+        return loop is not None and loop.is_closed()
 
     @contextmanager
     def ended_by(self, end: Callable[[], object]) -> Iterator[None]:
@@ -157,34 +159,61 @@ class Running:
 
     def end(self) -> None:
         """Break off what is being done; a stranded call gives back, on this thread, what it holds."""
-        end, steps = self._end, self._steps
         if self.is_stranded:
-            assert steps is not None
-            with suppress(Exception):  # such as another thread's doing the same
-                steps.close()
-            self.calls.discard(self)
-        elif end is not None:
+            contextvars.Context().run(self._close)
+        elif (end := self._end) is not None:
             with suppress(RuntimeError):  # its event loop has been closed just now
                 end()
 
+    def _close(self) -> None:
+        """Close the coroutine, in a context in which nobody is.
+
+        Its task lives until that is done: without another holder it would close the coroutine once
+        more in the middle of it, and CPython 3.11 does not survive that.
+        """
+        task, coroutine = self._task, self._coroutine
+        if coroutine is not None:
+            with suppress(Exception):  # such as another thread's doing the same
+                coroutine.close()
+        self.calls.discard(self)
+        self._let_go()
+        del task
+
+    def _let_go(self) -> None:
+        _lookout.discard(self)
+        self._coroutine = self._loop = self._task = None
+
 
 class _Lookout:
-    """The calls of all clients of the process, who may hold things that others wait for.
+    """The calls of all clients of the process that depend on an event loop, which belongs to no client.
 
-    Clients lend each other targets, circuits and limits, and an event loop belongs to no client.
+    Clients lend each other targets, circuits and limits, so that a stranded call may hold what any
+    other waits for. They are held here lest the collector end them, which it does anywhere: should
+    that be within `ContextVar.set`, in whose context LiteLLM sets variables as it ends, CPython 3.11
+    goes on with freed memory.
     """
 
     _EVERY = 0.25
     """Seconds in which a crowd of waiters looks once."""
 
     def __init__(self) -> None:
-        self._clients: WeakValueDictionary[int, UnderWay] = WeakValueDictionary()
-        self._numbers = itertools.count()
         self._due = 0.0
+        self._parents: list[object] = []
+        self._running: set[Running] = set()
+        renew_after_fork(self)
 
-    def watch(self, calls: UnderWay) -> None:
-        """Look at `calls` too, for as long as they are."""
-        self._clients[next(self._numbers)] = calls
+    def renew(self) -> None:
+        """Leave alone, in a forked child, what only its parent goes on with or may end."""
+        self._parents.append(self._running)
+        self._running = set()
+
+    def add(self, running: Running) -> None:
+        """Look at a call that begins, too."""
+        self._running.add(running)
+
+    def discard(self, running: Running) -> None:
+        """Look no more at a call that has ended."""
+        self._running.discard(running)
 
     def look(self) -> None:
         """End what is stranded, unless somebody has just done so."""
@@ -192,10 +221,9 @@ class _Lookout:
         if now < self._due:
             return
         self._due = now + self._EVERY
-        for reference in self._clients.valuerefs():
-            calls = reference()
-            if calls is not None:
-                calls.end_stranded()
+        for each in list(self._running):
+            if each.is_stranded:
+                each.end()
 
 
 _lookout = _Lookout()

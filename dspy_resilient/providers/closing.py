@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import weakref
 from collections.abc import Iterator
@@ -143,6 +144,17 @@ def forget(loop: Loop) -> None:
     for task in list(_closing):
         if task.get_loop() is loop:
             _closing.discard(task)
+            end(task)
+
+
+def end(task: asyncio.Task[None]) -> None:
+    """End a task whose loop is closed, in a context in which nobody is; on any thread, never raises.
+
+    The collector would do so in the middle of whatever the thread is doing.
+    """
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001  # as `gather` does
+    with contextlib.suppress(Exception):
+        contextvars.Context().run(task.get_coro().close)
 
 
 def _connections(http: HttpClient) -> Iterator[Any]:

@@ -101,7 +101,7 @@ class _Loops:
             loops = [loop for loop in self._tended if _is_over(loop, exiting)]
             left = [(loop, self._tended.pop(loop)) for loop in loops]
         for loop, tended in left:
-            tended.reports.drop()
+            tended.reports.abandon()
             closing.forget(loop)
             for http in [*_take_clients(loop, tended.mark, busy=True), *retired(loop)]:
                 with contextlib.suppress(Exception):

@@ -16,6 +16,8 @@ import contextvars
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from dspy_resilient.providers import closing
+
 _SHARED_CLIENT = "module level aclient"
 _PATIENCE = 20.0
 _LAST_PATIENCE = 5.0
@@ -53,10 +55,15 @@ class Reports:
                     report, context = self._waiting.popitem()
                     with contextlib.suppress(Exception):
                         await asyncio.get_running_loop().create_task(report, context=context)
-        self.drop()
+        self._drop()
 
-    def drop(self) -> None:
-        """Give up those that have not begun; the loop is gone. On any thread."""
+    def abandon(self) -> None:
+        """Give up all of them; the loop is closed. On any thread."""
+        self._drop()
+        for task in list(self._making):
+            closing.end(task)
+
+    def _drop(self) -> None:
         while self._waiting:
             self._waiting.popitem()[0].close()
 

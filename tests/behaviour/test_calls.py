@@ -512,8 +512,12 @@ def test_an_attempt_that_has_ended_keeps_nobody_from_waiting(make, monkeypatch):
         attempt._sending.set(mark)
         return attempt.is_sending()
 
-    lm = make(on_event=note, cache=False)
-    monkeypatch.setattr(dspy.LM, "update_history", lambda self, entry: note(entry))
+    def update_history(self, entry):
+        if self.model == lm.model:
+            note(entry)
+
+    lm = make("openai/marked", on_event=note, cache=False)
+    monkeypatch.setattr(dspy.LM, "update_history", update_history)
     lm("q")
     (mark,) = {each for each in marks if each is not None}
     assert contextvars.copy_context().run(under_an_old_mark) is False
