@@ -45,10 +45,7 @@ def run(steps: Steps[T], running: Running) -> T:
     """Drive `steps` to the end on this thread and return its result; what ends it ends `running`."""
     resume: Any = steps.send
     value: Any = None
-    with (
-        running,
-        closing(steps),
-    ):  # Ctrl-C may strike in here, and its traceback would keep them open
+    with running, closing(steps):  # Ctrl-C may strike, and its traceback would keep them open
         while True:
             try:
                 step = resume(value)
@@ -77,10 +74,7 @@ def arun(steps: Steps[T], running: Running) -> Coroutine[Any, Any, T]:
 async def _arun(steps: Steps[T], running: Running) -> T:
     resume: Any = steps.send
     value: Any = None
-    with (
-        running,
-        closing(steps),
-    ):  # Ctrl-C may strike in here, and its traceback would keep them open
+    with running, closing(steps):  # Ctrl-C may strike, and its traceback would keep them open
         while True:
             try:
                 step = resume(value)
