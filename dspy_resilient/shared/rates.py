@@ -82,6 +82,7 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
         self._begin(self._courier)
         rates = {"requests": self._rpm, "tokens": self._tpm}
         self._shares = {name: _Share(rate) for name, rate in rates.items() if rate is not None}
+        self._forgone: dict[str, RateReport] | None = None
 
     def ready_at(self, tokens: float) -> float:
         """Return when to look whether one request may go: soon, if the store has been asked."""
@@ -163,14 +164,16 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
 
     def _hear(self, now: float, request: dict[str, RateReport], reply: RateView) -> None:
         for name, share in self._shares.items():
-            share.credit += request[name].amount
+            if request is not self._forgone:
+                share.credit += request[name].amount
             share.full_at = now + reply.full_in[name]
 
     def _do_without(
         self,
         now: float,  # noqa: ARG002  # the rates of this process have counted all along
-        request: dict[str, RateReport] | None,  # noqa: ARG002  # if heard, it was for nothing
+        request: dict[str, RateReport] | None,
     ) -> None:
+        self._forgone = request  # an answer after all finds sent what it was for
         for share in self._shares.values():
             share.credit = 0.0
 

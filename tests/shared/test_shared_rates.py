@@ -166,12 +166,31 @@ def test_without_the_store_each_process_has_the_rate(provider, make, mortal, ask
 def test_the_rate_of_this_process_holds_without_the_store(provider, make, mortal, ask):
     """What has been sent before the store was lost counts."""
     server = mortal()
-    lm = make(shared=server.url, limits=SLOW, **ONCE)
+    lm = make(shared=server.url, limits=LimitPolicy(rpm=2), **ONCE)
     ask(lm, "q")
     server.kill()
     with pytest.raises((DeadlineExceededError, LimitExceededError)):
         ask(lm.copy(deadline=1.0), "q")
     assert provider.count == 1
+
+
+def test_an_answer_after_all_pays_for_nothing_more(store):
+    """What the store grants to who has gone on without it has been sent: a second burst it is not."""
+    contact = SimpleNamespace(note=lambda link, error: None)
+    now = time.monotonic()
+    courier = SimpleNamespace(clock=lambda: now, send=lambda link: None, contact=contact)
+    courier.watch = courier.send
+    here = SharedRates(courier, "{k}", 12, None)
+    here.foresee([0])
+    here.fetch()
+    trip = here.set_out()
+    here.go_alone()
+    assert here.ready_at(0) <= now
+    here.take(1, 0, now)
+    here.foresee([])
+    here.come_back(trip, *store.together([trip.verb]))
+    assert not here.alone
+    assert here.ready_at(0) == pytest.approx(now + 5, abs=0.01)
 
 
 def test_an_emptied_store_takes_on_what_a_client_knows(store, valkey):
