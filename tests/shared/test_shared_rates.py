@@ -32,7 +32,7 @@ from dspy_resilient.testing import Clock
 PROCESSES = int(os.environ.get("FLEET_PROCESSES", "4"))
 ONCE = {"cache": False, "name": "fast", "num_retries": 0, "api_key": "dummy-key-for-tests"}
 VIEW_AGE = 0.25  # the stated time
-SLOW = LimitPolicy(rpm=12)  # one at a time, and one more every five seconds
+SLOW = LimitPolicy(rpm=2)  # one at a time, and one more every thirty seconds
 forked = multiprocessing.get_context("fork")
 
 
@@ -77,7 +77,7 @@ def test_clients_keep_within_one_rate(provider, pair, ask):
         ask(there, "q")
     with pytest.raises(LimitExceededError) as caught:  # by now it knows
         ask(there, "q")
-    assert 0.5 < caught.value.retry_after <= 5.0
+    assert 0.5 < caught.value.retry_after <= 30.0
     assert provider.count == 1
 
 
@@ -105,9 +105,9 @@ async def test_a_cancelled_call_leaves_no_trace(provider, pair):
     here, there = pair(SLOW)
     await here.acall("q")
     waiting = asyncio.create_task(there.acall("q"))
-    await asyncio.to_thread(until, lambda: full_in(there) > 6)
+    await asyncio.to_thread(until, lambda: full_in(there) > 31)
     waiting.cancel()
-    await asyncio.to_thread(until, lambda: full_in(there) < 5)
+    await asyncio.to_thread(until, lambda: full_in(there) < 30)
 
 
 def test_refused_calls_take_nothing_and_ask_seldom(provider, make, valkey, patient, ask):
@@ -137,7 +137,7 @@ def test_another_credential_has_rates_of_its_own(provider, make, pair, ask):
 
 def test_nobody_may_queue_is_no_reason_to_refuse_who_need_not(provider, pair, ask):
     """`max_queue=0`: to wait for the store is not to wait for a place."""
-    here, _ = pair(LimitPolicy(rpm=12, max_queue=0))
+    here, _ = pair(LimitPolicy(rpm=2, max_queue=0))
     assert ask(here, "q") == ["Paris"]
     with pytest.raises(LimitExceededError):
         ask(here, "q")
@@ -166,7 +166,7 @@ def test_without_the_store_each_process_has_the_rate(provider, make, mortal, ask
 def test_the_rate_of_this_process_holds_without_the_store(provider, make, mortal, ask):
     """What has been sent before the store was lost counts."""
     server = mortal()
-    lm = make(shared=server.url, limits=LimitPolicy(rpm=2), **ONCE)
+    lm = make(shared=server.url, limits=SLOW, **ONCE)
     ask(lm, "q")
     server.kill()
     with pytest.raises((DeadlineExceededError, LimitExceededError)):
