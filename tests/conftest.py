@@ -72,6 +72,18 @@ def _attempts_end():
 
 
 @pytest.fixture
+def caplog(caplog):
+    """What is logged here, and not what the way to a store of an earlier test's has yet to say."""
+
+    def is_ours(record):
+        return record.threadName != "store"
+
+    caplog.handler.addFilter(is_ours)
+    yield caplog
+    caplog.handler.removeFilter(is_ours)
+
+
+@pytest.fixture
 def provider(provider):
     """A local provider that answers "Paris" until told otherwise."""
     provider.answer = "Paris"
