@@ -136,6 +136,7 @@ def proxied():
 def patient(monkeypatch):
     """Let calls wait for the store however busy this machine is: what is asked is what it says."""
     monkeypatch.setattr(Link, "patience", 20.0)
+    monkeypatch.setattr("dspy_resilient.shared.redis._SOCKET_SECONDS", 20.0)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def worker(mode, api_base, url, answered, stop):
                 lm("q")
                 answered.value += 1
             except CircuitOpenError:
-                time.sleep(0.02)
+                time.sleep(0.1)
             except Exception:
                 pass
 
@@ -51,7 +51,7 @@ def worker(mode, api_base, url, answered, stop):
                 await lm.acall("q")
                 answered.value += 1
             except CircuitOpenError:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.1)
             except Exception:
                 pass
 
