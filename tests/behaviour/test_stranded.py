@@ -21,6 +21,7 @@ import dspy
 import pytest
 
 from dspy_resilient import LimitPolicy, ResilientLM, providers
+from dspy_resilient.providers.perloop import Reports
 from dspy_resilient.testing import Hold, rate_limited
 from dspy_resilient.underway import end_stranded
 
@@ -256,6 +257,31 @@ def test_collector_ends_no_call(provider, strand, kept, hold):
     assert not [*somebody_elses]
     gc.collect()
     assert task() is None
+
+
+def test_what_was_being_reported_is_ended_in_a_context_of_its_own():
+    """A report of LiteLLM's sets variables as it ends, too (R31)."""
+    variable, begun, ended = contextvars.ContextVar("variable"), [], []
+
+    async def report():
+        try:
+            begun.append(True)
+            await asyncio.sleep(60)
+        finally:
+            ended.append(variable.set("theirs"))
+
+    async def send():
+        reports.send(report())
+        while not begun:
+            await asyncio.sleep(0)
+
+    loop, reports = asyncio.new_event_loop(), Reports()
+    loop.run_until_complete(send())
+    loop.close()
+    somebody_elses = contextvars.Context()
+    somebody_elses.run(reports.abandon)
+    assert len(ended) == 1
+    assert not [*somebody_elses]
 
 
 WOKEN_AND_STRANDED = """
