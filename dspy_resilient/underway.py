@@ -190,7 +190,7 @@ class _Lookout:
     Clients lend each other targets, circuits and limits, so that a stranded call may hold what any
     other waits for. They are held here lest the collector end them, which it does anywhere: should
     that be within `ContextVar.set`, in whose context LiteLLM sets variables as it ends, CPython 3.11
-    goes on with freed memory.
+    goes on with freed memory. A forked child holds its parent's, for the same reason.
     """
 
     _EVERY = 0.25
@@ -198,14 +198,7 @@ class _Lookout:
 
     def __init__(self) -> None:
         self._due = 0.0
-        self._parents: list[object] = []
         self._running: set[Running] = set()
-        renew_after_fork(self)
-
-    def renew(self) -> None:
-        """Leave alone, in a forked child, what only its parent goes on with or may end."""
-        self._parents.append(self._running)
-        self._running = set()
 
     def add(self, running: Running) -> None:
         """Look at a call that begins, too."""
