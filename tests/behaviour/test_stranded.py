@@ -261,19 +261,18 @@ def test_collector_ends_no_call(provider, strand, kept, hold):
 
 def test_what_was_being_reported_is_ended_in_a_context_of_its_own():
     """A report of LiteLLM's sets variables as it ends, too (R31)."""
-    variable, begun, ended = contextvars.ContextVar("variable"), [], []
+    variable, begun, ended = contextvars.ContextVar("variable"), asyncio.Event(), []
 
     async def report():
         try:
-            begun.append(True)
+            begun.set()
             await asyncio.sleep(60)
         finally:
             ended.append(variable.set("theirs"))
 
     async def send():
         reports.send(report())
-        while not begun:
-            await asyncio.sleep(0)
+        await begun.wait()
 
     loop, reports = asyncio.new_event_loop(), Reports()
     loop.run_until_complete(send())
