@@ -314,9 +314,48 @@ print("alive")
 """
 
 
-def test_collector_may_begin_anywhere_in_a_call_that_waits():
-    """CPython 3.11 must not be led into closing a coroutine that is just being closed."""
-    command = [sys.executable, "-c", WOKEN_AND_STRANDED]
+ENDED_BY_TWO_THREADS = """
+import asyncio, threading
+from dspy_resilient.underway import UnderWay
+
+running = UnderWay().call()
+ending, both = threading.Event(), threading.Event()
+
+async def call():
+    with running:
+        try:
+            await woken
+        finally:
+            ending.set()
+            both.wait(20)
+
+async def ask():
+    coroutine = call()
+    running.depend_on(loop, asyncio.current_task(), coroutine)
+    await coroutine
+
+loop = asyncio.new_event_loop()
+woken = loop.create_future()
+loop.create_task(ask())
+loop.call_soon(woken.set_result, None)
+loop.call_soon(loop.stop)
+loop.run_forever()
+loop.close()
+del loop, woken
+first = threading.Thread(target=running.end)
+first.start()
+ending.wait(20)
+running.end()
+both.set()
+first.join()
+print("alive")
+"""
+
+
+@pytest.mark.parametrize("program", [WOKEN_AND_STRANDED, ENDED_BY_TWO_THREADS], ids=["wait", "end"])
+def test_no_call_is_closed_while_it_is_being_closed(program):
+    """Neither by a task that the collector finds, nor by one that another thread lets go of (R8)."""
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
     assert "already executing" not in done.stderr
