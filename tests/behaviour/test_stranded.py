@@ -283,6 +283,25 @@ def test_what_was_being_reported_is_ended_in_a_context_of_its_own():
     assert not [*somebody_elses]
 
 
+def test_nobody_complains_of_a_report_that_had_not_begun():
+    """Python would, of a coroutine that was never awaited (R31)."""
+
+    async def report():
+        pass
+
+    loop, reports = asyncio.new_event_loop(), Reports()
+    loop.call_soon(reports.send, report())
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    loop.close()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        reports.abandon()
+        del reports
+        gc.collect()
+    assert not [each for each in told if "never awaited" in str(each.message)]
+
+
 WOKEN_AND_STRANDED = """
 import asyncio, gc
 from dspy_resilient import ResilientLM, providers
