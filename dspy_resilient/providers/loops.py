@@ -92,13 +92,16 @@ class _Loops:
                 _start(tended.end)
             # LiteLLM's own exit handler forgets the sockets: ours has to be registered after it.
             atexit.unregister(self.sweep)
-            atexit.register(self.sweep, exiting=True)
+            atexit.register(self.sweep)
         return tended
 
-    def sweep(self, *, exiting: bool = False) -> None:
-        """Close by force what loops that were closed in another way have left."""
+    def sweep(self) -> None:
+        """Close by force what loops that were closed in another way have left.
+
+        At exit, too, but nothing of a loop that was left open: a later exit handler may run it.
+        """
         with self._changing:
-            loops = [loop for loop in self._tended if _is_over(loop, exiting)]
+            loops = [loop for loop in self._tended if loop.is_closed()]
             left = [(loop, self._tended.pop(loop)) for loop in loops]
         for loop, tended in left:
             tended.reports.abandon()
@@ -121,10 +124,6 @@ class _Loops:
         self._inherited.append(made.pop("module_level_client", None))  # made again when named
         self._inherited.append(self._tended)
         self._begin()
-
-
-def _is_over(loop: Loop, exiting: bool) -> bool:
-    return loop.is_closed() or (exiting and not loop.is_running())
 
 
 def _start(generator: AsyncGenerator[None]) -> None:

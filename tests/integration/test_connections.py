@@ -491,3 +491,58 @@ def test_nothing_is_left_to_warn_of_at_exit():
     command = [sys.executable, *warnings, "-c", script]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=140, check=True)
     assert (ended.stdout, ended.stderr) == ("done\n", "")
+
+
+def run_and_exit(script):
+    command = [sys.executable, "-c", LEFT_OPEN + script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=140, check=True)
+
+
+LEFT_OPEN = """
+import asyncio, atexit, litellm
+from litellm.integrations.custom_logger import CustomLogger
+from dspy_resilient import ResilientLM
+from dspy_resilient.testing import Hold, Provider
+
+loop = asyncio.new_event_loop()
+provider = Provider("Paris").__enter__()
+lm = ResilientLM("openai/x", api_base=provider.api_base, api_key="k", cache=False)
+"""
+
+
+@pytest.mark.timeout(150)
+def test_an_exit_handler_may_run_a_loop_that_was_left_open():
+    """What is being reported on it is not ended before (R31, R34)."""
+    ended = run_and_exit("""if True:
+        class Log(CustomLogger):
+            async def async_log_success_event(self, **_):
+                await exiting.wait()
+                print("told")
+                loop.stop()
+
+        def end():
+            exiting.set()
+            loop.run_forever()
+
+        exiting = asyncio.Event()
+        atexit.register(end)
+        litellm.callbacks = [Log()]
+        print(loop.run_until_complete(lm.acall("?")))
+    """)
+    assert (ended.stdout, ended.stderr) == ("['Paris']\ntold\n", "")
+
+
+@pytest.mark.timeout(150)
+def test_a_call_on_a_loop_that_was_left_open_ends_with_the_process():
+    """Without a word (R34)."""
+    ended = run_and_exit("""if True:
+        async def call():
+            print(await lm.acall("?"))
+            provider.always(Hold())
+            call = asyncio.create_task(lm.acall("!"))
+            await asyncio.to_thread(provider.wait_for, 2)
+            return call
+
+        call = loop.run_until_complete(call())
+    """)
+    assert (ended.stdout, ended.stderr) == ("['Paris']\n", "")
