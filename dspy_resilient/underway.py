@@ -9,6 +9,7 @@ whoever waits for something looks for such calls now and then. This module waits
 
 from __future__ import annotations
 
+import atexit
 import contextvars
 import time
 from concurrent.futures import Future
@@ -82,9 +83,7 @@ class UnderWay:
 
     def end_stranded(self) -> None:
         """End the calls whose event loop was closed under them."""
-        for each in list(self._running):
-            if each.is_stranded:
-                each.end()
+        _end_stranded(self._running)
 
     def check(self) -> None:
         """Raise ClientClosedError if the calls have been told to end."""
@@ -199,6 +198,7 @@ class _Lookout:
     def __init__(self) -> None:
         self._due = 0.0
         self._running: set[Running] = set()
+        atexit.register(_end_stranded, self._running)  # later each would leave a traceback
 
     def add(self, running: Running) -> None:
         """Look at a call that begins, too."""
@@ -214,9 +214,13 @@ class _Lookout:
         if now < self._due:
             return
         self._due = now + self._EVERY
-        for each in list(self._running):
-            if each.is_stranded:
-                each.end()
+        _end_stranded(self._running)
+
+
+def _end_stranded(running: set[Running]) -> None:
+    for each in list(running):
+        if each.is_stranded:
+            each.end()
 
 
 _lookout = _Lookout()
