@@ -143,6 +143,21 @@ def test_an_unexpected_error_is_counted_too(provider, plain):
     assert (side.answers, side.errors) == (1, 2)
 
 
+def test_a_side_that_closes_ends_what_its_callers_wait_for(make):
+    """Ctrl-C need not wait for an outage to end (R72)."""
+    side = Side("ours", make(max_wait=60), None)
+    side.lm.circuit.force_open(seconds=50)
+    caller = threading.Thread(target=side.call_until, args=(Calls(1),))
+    caller.start()
+    while not side.lm.health().in_flight:
+        time.sleep(0.01)
+    started = time.monotonic()
+    side.close()
+    caller.join(10)
+    assert time.monotonic() - started < 10
+    assert (side.answers, side.errors) == (0, 1)
+
+
 def test_some_reviews_repeat_and_the_rest_differ():
     """A cache has little to hide: one call in eight can be a hit (R72)."""
     reviews = [review_of(number) for number in range(800)]
