@@ -18,8 +18,8 @@ from dspy_resilient.errors import (
     RestartLimitError,
     ThrottledError,
 )
-from dspy_resilient.health import Health, HealthState
 from dspy_resilient.lm import ResilientLM
+from dspy_resilient.pipeline.health import Health, HealthState
 from dspy_resilient.policies import CachePolicy, CircuitPolicy, LimitPolicy, RetryPolicy
 
 __all__ = [

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dspy_resilient.blocks import ClosedAtEnd
+from dspy_resilient._support.closable import ClosedAtEnd
+from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient.errors import ClientClosedError
-from dspy_resilient.fork import renew_after_fork
-from dspy_resilient.health import Health, HealthState
 from dspy_resilient.lm import ResilientLM
+from dspy_resilient.pipeline.health import Health, HealthState
 from dspy_resilient.policies import number, shown
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class Clients(ClosedAtEnd, Mapping[str, ResilientLM]):
         return f"{_ME}({models!r})"
 
     def _repr_html_(self) -> str:
-        from dspy_resilient.observe.display import clients_html  # noqa: PLC0415  # only when asked
+        from dspy_resilient.stats.display import clients_html  # noqa: PLC0415  # only when asked
 
         started = self._all().items()
         return clients_html(

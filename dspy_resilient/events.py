@@ -35,7 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dspy_resilient.fork import renew_after_fork
+from dspy_resilient._support.fork import renew_after_fork
 
 logger = logging.getLogger("dspy_resilient")
 

@@ -18,10 +18,10 @@ import dspy
 
 from dspy_resilient import ResilientLM
 from dspy_resilient.cache import Answer
-from dspy_resilient.call import complete
-from dspy_resilient.runtime import Runtime
-from dspy_resilient.steps import Prepare, Wait
-from dspy_resilient.target import Target
+from dspy_resilient.pipeline.call import complete
+from dspy_resilient.pipeline.client import ClientState
+from dspy_resilient.pipeline.state import Prepare, Wait
+from dspy_resilient.targets.target import Target
 from dspy_resilient.testing import Clock
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Drill:
         self._fails = fails
         self._latency = latency
         self._lm = lm = ResilientLM("openai/test", api_key="k", **{"cache": False, **options})
-        lm._runtime = runtime = Runtime(lm._runtime.options, clock=self.time.clock)
+        lm._runtime = runtime = ClientState(lm._runtime.options, clock=self.time.clock)
         runtime.random = self.dice.random
         runtime.ready = lambda: True
         lm._primary = Target(lm, runtime.routes, runtime, dspy.LM, [])

@@ -2,10 +2,10 @@
 
 from dspy_resilient.cache.answer import Answer, usable
 from dspy_resilient.cache.disk import DiskCache
-from dspy_resilient.cache.flight import Failed, Flights, Landed, Lead, Waiter
 from dspy_resilient.cache.folder import disk_folder
 from dspy_resilient.cache.key import request_key, tenant_of
-from dspy_resilient.cache.memory import CacheNumbers, ResponseCache
+from dspy_resilient.cache.response_cache import CacheNumbers, ResponseCache
+from dspy_resilient.cache.single_flight import Failed, Flights, Landed, Lead, Waiter
 
 __all__ = [
     "Answer",

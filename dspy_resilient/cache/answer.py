@@ -85,7 +85,7 @@ class Answer:
     def replayed_record(self) -> dict[str, Any] | None:
         """Return the part of a hit's history entry that the answer decides, or None without one.
 
-        As DSPy writes it (R43): no usage, the old cost, and the response marked as a cache hit
+        As DSPy writes it: no usage, the old cost, and the response marked as a cache hit
         where its type takes a mark. The caller adds prompt, messages, kwargs, time and uuid.
         """
         record = self.record
@@ -103,7 +103,7 @@ class Answer:
 
 
 def usable(answer: Answer) -> str | None:
-    """Return None if `answer` may be stored (R42), else why not, in a word.
+    """Return None if `answer` may be stored, else why not, in a word.
 
     "empty", "truncated", "filtered", "partial" or "error". Of several candidates each must be
     fit. An answer without a history entry is judged by its outputs alone.

@@ -25,7 +25,7 @@ def disk_folder(
     endpoint: str,
     tenant: str,
 ) -> str | None:
-    """Return the folder of a client's answers, or None for memory only (R46).
+    """Return the folder of a client's answers, or None for memory only.
 
     With "auto" that is a folder below the one where DSPy keeps its own answers, as DSPy is set up
     now, and None if DSPy keeps none: named by `name`, else by what the client asks and for whom.

@@ -28,7 +28,7 @@ from typing import Any
 
 import orjson
 
-from dspy_resilient.redact import is_secret
+from dspy_resilient._support.redact import is_secret
 
 _TENANT_LABEL = b"dspy_resilient tenant 1"
 

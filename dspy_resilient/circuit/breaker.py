@@ -12,15 +12,17 @@ import random as random_numbers
 import time
 from typing import TYPE_CHECKING, Any
 
-from dspy_resilient.circuit.compat import Wrapping, package_policy
-from dspy_resilient.circuit.describe import condition, describe
+from dspy_resilient._support.fork import renew_after_fork
+from dspy_resilient._support.redact import describe
+from dspy_resilient._support.wait_queue import WaitQueue
+from dspy_resilient.circuit.circuitbreaker_api import Wrapping, package_policy
 from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.circuit.permit import Permit
-from dspy_resilient.circuit.state import CircuitState, Outcome
-from dspy_resilient.circuit.waiting import Turnstile
+from dspy_resilient.circuit.state import CircuitState
 from dspy_resilient.errors import CircuitOpenError
-from dspy_resilient.fork import renew_after_fork
+from dspy_resilient.outcomes.outcome import Outcome
 from dspy_resilient.policies import CircuitPolicy, number
+from dspy_resilient.stats.latency import duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +34,7 @@ _CLOSED = CircuitState.CLOSED
 _SUCCESS, _FAILURE = Outcome.SUCCESS, Outcome.FAILURE
 
 
-class CircuitBreaker(Turnstile, Wrapping):
+class CircuitBreaker(WaitQueue, Wrapping):
     """A circuit: it refuses calls to a provider that keeps failing, and lets probes find out when.
 
     Each call asks for a permit and reports through it. Closed, the circuit opens on
@@ -106,8 +108,8 @@ class CircuitBreaker(Turnstile, Wrapping):
             policy,
             clock(),
             random,
-            self._signals,
-            self._places,
+            self._notifier,
+            self._leases,
             client=client,
             target=name if target is None else target,
         )
@@ -140,14 +142,14 @@ class CircuitBreaker(Turnstile, Wrapping):
                 return Permit(self, machine.generation, now)
             if machine.lets_probe(now, early=early):
                 permit = Permit(self, machine.generation, now, probe=True)
-                self._places.take(permit, now + max(self.policy.probe_lease, lease))
+                self._leases.take(permit, now + max(self.policy.probe_lease, lease))
             else:
                 self._rejected += 1
                 if self.policy.mode != "observe":
                     return None
                 permit = Permit(self, _NO_GENERATION, now)
         try:
-            self._signals.send()
+            self._notifier.send()
         except BaseException:  # Ctrl-C, while a listener ran
             permit.neutral()
             raise
@@ -211,8 +213,8 @@ class CircuitBreaker(Turnstile, Wrapping):
                 machine.fail(self._clock(), reason, text, retry_after)
             if permit.probe:
                 machine.free(permit)
-        if self._signals.pending:
-            self._signals.send()
+        if self._notifier.pending:
+            self._notifier.send()
 
     def _wait(self, now: float) -> float:
         return 0.0 if self.policy.mode == "observe" else self._machine.wait(now)
@@ -239,7 +241,7 @@ class CircuitBreaker(Turnstile, Wrapping):
                 machine.extend(now, retry_after)
             elif state is _CLOSED or state is CircuitState.HALF_OPEN:
                 machine.open(now, reason, text, retry_after)
-        self._signals.send()
+        self._notifier.send()
 
     def force_open(self, reason: str = "manual", seconds: float | None = None) -> None:
         """Refuse every call for `seconds`, then let probes through; None (default): without end."""
@@ -248,19 +250,19 @@ class CircuitBreaker(Turnstile, Wrapping):
         with self._lock:
             now = self._clock()
             self._machine.refuse(now, CircuitState.FORCED_OPEN, until, reason, None)
-        self._signals.send()
+        self._notifier.send()
 
     def force_half_open(self) -> None:
         """Let probes through now; they decide."""
         with self._lock:
             self._machine.become_half_open(self._clock())
-        self._signals.send()
+        self._notifier.send()
 
     def force_closed(self) -> None:
         """Let every call through, whatever comes back, until `auto()` or `reset()`."""
         with self._lock:
             self._machine.close(self._clock(), CircuitState.FORCED_CLOSED)
-        self._signals.send()
+        self._notifier.send()
 
     def auto(self) -> None:
         """End what was forced: from open by way of half-open, from closed to closed."""
@@ -270,13 +272,13 @@ class CircuitBreaker(Turnstile, Wrapping):
                 machine.become_half_open(self._clock())
             elif machine.state is CircuitState.FORCED_CLOSED:
                 machine.close(self._clock())
-        self._signals.send()
+        self._notifier.send()
 
     def reset(self) -> None:
         """Close, end what was forced, and forget every failure and opening."""
         with self._lock:
             self._machine.forget(self._clock())
-        self._signals.send()
+        self._notifier.send()
 
     def renew(self) -> None:
         """Make the circuit usable in a forked child, where its callers do not exist."""
@@ -340,13 +342,30 @@ class CircuitBreaker(Turnstile, Wrapping):
     def explain(self) -> str:
         """Return, for a person, what state it is in, since when, why, and until when."""
         with self._lock:
-            return condition(self._machine, self._clock())
+            return _condition(self._machine, self._clock())
 
     def __repr__(self) -> str:
         """Show name and state."""
         return f"<CircuitBreaker {self.name!r}: {self.state}>"
 
     def _repr_html_(self) -> str:
-        from dspy_resilient.observe.display import circuit_html  # noqa: PLC0415  # only when asked
+        from dspy_resilient.stats.display import circuit_html  # noqa: PLC0415  # only when asked
 
         return circuit_html(self.name, self.state, self.explain())
+
+
+def _condition(machine: Machine, now: float) -> str:
+    """Return what state a circuit is in, since when, why, and until when."""
+    state, wait = machine.seen(now), machine.wait(now)
+    says = f"{state.replace('_', ' ')} for {duration(now - machine.since)}"
+    if state == CircuitState.CLOSED:
+        return says + (f", with {machine.failures} failures in a row" if machine.failures else "")
+    if machine.reason and state != CircuitState.FORCED_CLOSED:
+        says += f" ({machine.reason})"
+    if state == CircuitState.HALF_OPEN:
+        says += ", until probes have been answered"
+    elif 0 < wait < math.inf:
+        says += f", for {duration(wait)} more"
+    else:
+        says += ", until auto() or reset()"
+    return says + (f"; last error: {machine.last_error}" if machine.last_error else "")

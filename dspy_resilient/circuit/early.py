@@ -10,7 +10,7 @@ import math
 import threading
 from typing import TYPE_CHECKING
 
-from dspy_resilient.fork import renew_after_fork
+from dspy_resilient._support.fork import renew_after_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable

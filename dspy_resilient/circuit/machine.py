@@ -17,7 +17,7 @@ from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpene
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dspy_resilient.circuit.waiting import Places, Signals
+    from dspy_resilient._support.wait_queue import LeaseTable, Notifier
     from dspy_resilient.events import Event
     from dspy_resilient.policies import CircuitPolicy
 
@@ -71,8 +71,8 @@ class Machine:
         policy: CircuitPolicy,
         now: float,
         random: Callable[[], float],
-        signals: Signals,
-        places: Places,
+        signals: Notifier,
+        places: LeaseTable,
         **facts: Any,
     ) -> None:
         self.policy = policy
@@ -84,8 +84,8 @@ class Machine:
         self.reason: str | None = None
         self.last_error: str | None = None
         self._random = random
-        self._signals = signals
-        self._places = places
+        self._notifier = signals
+        self._leases = places
         self._facts = facts
         self._window = Window(policy.window)
         self._successes = 0
@@ -118,7 +118,7 @@ class Machine:
 
     def has_place(self, now: float) -> bool:
         """Whether a probe more may go."""
-        return self._places.taken(now) < self.policy.probes
+        return self._leases.taken(now) < self.policy.probes
 
     def lets_probe(self, now: float, *, early: bool = False) -> bool:
         """Whether a call that found it not closed may go as a probe; becomes half-open if due."""
@@ -129,7 +129,7 @@ class Machine:
         return self.has_place(now)
 
     def early_wait(self, now: float) -> float:
-        """Return the seconds until an early probe may go; inf if none may (R52)."""
+        """Return the seconds until an early probe may go; inf if none may."""
         if self.state is not CircuitState.OPEN:
             return math.inf
         return max(0.0, self.since + self.policy.recovery_time - now)
@@ -170,8 +170,8 @@ class Machine:
 
     def free(self, holder: object) -> None:
         """Take back a probe's place, and call a waiter for it."""
-        if self._places.give_back(holder):
-            self._signals.call(1)
+        if self._leases.give_back(holder):
+            self._notifier.call(1)
 
     def open(
         self,
@@ -281,11 +281,11 @@ class Machine:
         self.since = now
         self.generation += 1
         self._successes = 0
-        self._places.clear()
-        self._signals.call()
+        self._leases.clear()
+        self._notifier.call()
 
     def _note(self, kind: type[Event], now: float, **facts: Any) -> None:
-        self._signals.note(kind(at=now, **self._facts, **facts))
+        self._notifier.note(kind(at=now, **self._facts, **facts))
 
 
 def steps_to_longest(policy: CircuitPolicy) -> int:

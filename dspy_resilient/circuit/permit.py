@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from dspy_resilient.circuit.state import Outcome
+from dspy_resilient.outcomes.outcome import Outcome
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -1,23 +1,8 @@
-"""The words of the circuit: how a call can end, and what a circuit can be.
-
-This module owns the names only. Who decides on an outcome is `outcome.py`; what follows from it is
-`machine.py`.
-"""
+"""The states of a circuit. This module owns the names only; `machine.py` decides."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-
-
-class Outcome(StrEnum):
-    """What a finished call says about the provider.
-
-    A neutral one says nothing: it counts nowhere and resets nothing.
-    """
-
-    SUCCESS = "success"
-    FAILURE = "failure"
-    NEUTRAL = "neutral"
 
 
 class CircuitState(StrEnum):

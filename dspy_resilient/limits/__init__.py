@@ -9,5 +9,6 @@ from dspy_resilient.limits.budget import RetryBudget
 from dspy_resilient.limits.limiter import Limiter
 from dspy_resilient.limits.rate import Rates
 from dspy_resilient.limits.slot import Slot
+from dspy_resilient.limits.throttle_gate import GatePass, ThrottleGate
 
-__all__ = ["Limiter", "Rates", "RetryBudget", "Slot"]
+__all__ = ["GatePass", "Limiter", "Rates", "RetryBudget", "Slot", "ThrottleGate"]

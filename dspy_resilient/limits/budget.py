@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from dspy_resilient.fork import renew_after_fork
+from dspy_resilient._support.fork import renew_after_fork
 
 
 class RetryBudget:

@@ -14,8 +14,8 @@ from collections import OrderedDict, deque
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient.errors import LimitExceededError
-from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.limits.bulkhead import Bulkhead
 from dspy_resilient.limits.rate import Rates
 from dspy_resilient.limits.slot import RESOLVED, Departure, Slot, State, pending
@@ -71,7 +71,7 @@ class Limiter:
     @property
     def in_use(self) -> int:
         """Attempts under way."""
-        return self._places.in_use
+        return self._leases.in_use
 
     @property
     def queued(self) -> int:
@@ -81,7 +81,7 @@ class Limiter:
     @property
     def limit(self) -> int | None:
         """How many attempts may be under way at present, or None for any number."""
-        limit = self._places.limit
+        limit = self._leases.limit
         return None if math.isinf(limit) else int(limit)
 
     @property
@@ -102,7 +102,7 @@ class Limiter:
             LimitExceededError: The queue is full, or too slow for `patience`. Nothing was taken;
                 `retry_after` is set where the rate alone decides when there is room again.
         """
-        slot = Slot(self, self._places, max(0, tokens))
+        slot = Slot(self, self._leases, max(0, tokens))
         refusal: LimitExceededError | None = None
         try:
             with self._lock:
@@ -187,7 +187,7 @@ class Limiter:
         """Start empty, with a full rate budget: what a forked child does."""
         policy = self.policy
         self._lock = threading.Lock()
-        self._places = Bulkhead(policy.max_concurrent, adaptive=policy.adaptive)
+        self._leases = Bulkhead(policy.max_concurrent, adaptive=policy.adaptive)
         self._rates.renew()
         self._queue: OrderedDict[Slot, None] = OrderedDict()
         self._queued_tokens = 0.0
@@ -196,7 +196,7 @@ class Limiter:
 
     def _ready_at(self, slot: Slot) -> float:
         """Return from when `slot` may go once it is first; requires the lock."""
-        return self._rates.ready_at(slot.tokens) if self._places.has_room else math.inf
+        return self._rates.ready_at(slot.tokens) if self._leases.has_room else math.inf
 
     def _turn_at(self, slot: Slot) -> float:
         """Return from when the rates let `slot` go behind the whole queue; requires the lock."""
@@ -204,19 +204,19 @@ class Limiter:
 
     def _may_be_ready(self, slot: Slot, now: float) -> bool:
         """Whether nothing is known that `slot` would have to wait for; requires the lock."""
-        return self._places.has_room and self._turn_at(slot) - now <= _ROUNDING
+        return self._leases.has_room and self._turn_at(slot) - now <= _ROUNDING
 
     def _foresee(self) -> None:
         """Tell the rates who goes next if they let it; requires the lock."""
-        room = self._places.limit - self._places.in_use
+        room = self._leases.limit - self._leases.in_use
         queue = self._queue if math.isinf(room) else islice(self._queue, max(0, int(room)))
         self._rates.foresee(slot.tokens for slot in queue)
 
     def _grant(self, slot: Slot, state: State, now: float) -> None:
         """Give `slot` its place; requires the lock."""
         slot.state = state
-        slot.begun = self._places.round
-        self._places.in_use += 1
+        slot.begun = self._leases.round
+        self._leases.in_use += 1
         self._rates.take(1, slot.tokens, now)
 
     def _advance(self, now: float) -> list[Future[None]]:
@@ -255,21 +255,21 @@ class Limiter:
         """Take a slot out of the queue or off its place; requires the lock."""
         slot, used, sent, throttled, slow, ok = departure
         state = slot.state
-        if state is State.LEFT or slot.places is not self._places:
+        if state is State.LEFT or slot.places is not self._leases:
             return
         slot.state = State.LEFT
         if state is State.QUEUED:
             self._unqueue(slot)
             return
-        self._places.in_use -= 1
-        if self._places.in_use < 0:
+        self._leases.in_use -= 1
+        if self._leases.in_use < 0:
             raise RuntimeError("more attempts have ended than were let in")
         if state is State.OFFERED or not sent:
             self._rates.take(-1, -slot.tokens, now)
             return
         if used is not None and 0 <= used < math.inf:
             self._rates.take(0, used - slot.tokens, now)
-        self._places.learn(slot.begun, throttled=throttled, slow=slow, ok=ok)
+        self._leases.learn(slot.begun, throttled=throttled, slow=slow, ok=ok)
 
     def _settle(self) -> None:
         """Apply departures, unless the lock is taken: its holder comes here after releasing it."""

@@ -1,6 +1,5 @@
-"""Numbers and words about a client, for people and for machines."""
+"""Clients seen from outside: OpenTelemetry, Prometheus, and the numbers behind both."""
 
-from dspy_resilient.observe.latency import Latency
-from dspy_resilient.observe.stats import LastMinute, Stats, Tally
+from dspy_resilient.stats import LastMinute, Latency, Stats, Tally
 
 __all__ = ["LastMinute", "Latency", "Stats", "Tally"]

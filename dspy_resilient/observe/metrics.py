@@ -14,8 +14,8 @@ import dspy
 if TYPE_CHECKING:
     from dspy_resilient.circuit import CircuitState
     from dspy_resilient.lm import ResilientLM
-    from dspy_resilient.observe.stats import Stats
-    from dspy_resilient.runtime import Runtime
+    from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.stats.stats import Stats
 
 
 class Counter(NamedTuple):
@@ -55,7 +55,7 @@ COUNTERS = (
 )
 
 
-def runtimes(clients: Iterable[ResilientLM | Iterable[ResilientLM]]) -> list[Runtime]:
+def runtimes(clients: Iterable[ResilientLM | Iterable[ResilientLM]]) -> list[ClientState]:
     """Return what the clients stand on, each once; a collection among them is looked through.
 
     Raises:
@@ -71,9 +71,9 @@ def _each(clients: Any) -> Iterable[Any]:
     return (clients,) if is_one else clients
 
 
-def _runtime(client: Any) -> Runtime:
+def _runtime(client: Any) -> ClientState:
     try:
-        runtime: Runtime = client._runtime  # noqa: SLF001  # what copies share
+        runtime: ClientState = client._runtime  # noqa: SLF001  # what copies share
     except AttributeError:
         raise TypeError(
             "clients must be ResilientLMs or collections of them; got a " + type(client).__name__
@@ -81,7 +81,7 @@ def _runtime(client: Any) -> Runtime:
     return runtime
 
 
-def totals(found: Iterable[Runtime]) -> dict[str, Stats]:
+def totals(found: Iterable[ClientState]) -> dict[str, Stats]:
     """Return the numbers by the name of the client."""
     numbers: dict[str, Stats] = {}
     for runtime in found:
@@ -90,7 +90,7 @@ def totals(found: Iterable[Runtime]) -> dict[str, Stats]:
     return numbers
 
 
-def circuit_states(found: Iterable[Runtime]) -> dict[tuple[str, str], CircuitState]:
+def circuit_states(found: Iterable[ClientState]) -> dict[tuple[str, str], CircuitState]:
     """Return the state of every circuit in use, by client and target.
 
     Where several have the same names, one that is not closed is shown.

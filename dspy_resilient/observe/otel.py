@@ -14,7 +14,7 @@ rejections, pauses, fallbacks. Each request is a span "attempt" below it, active
 that spans of HTTP instrumentation lie below the attempt they belong to.
 
 Metrics: `gen_ai.client.operation.duration`, `gen_ai.client.token.usage`,
-`dspy_resilient.attempt.duration`, `dspy_resilient.circuit.state`, and the counters of `metrics.py`
+`dspy_resilient.pipeline.attempt.duration`, `dspy_resilient.circuit.state`, and the counters of `metrics.py`
 as `dspy_resilient.NAME`.
 """
 
@@ -31,14 +31,85 @@ from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observa
 from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider
 
 from dspy_resilient import events
-from dspy_resilient.observe import conventions
 from dspy_resilient.observe.metrics import COUNTERS, Counter, circuit_states, runtimes, totals
 
 if TYPE_CHECKING:
-    from dspy_resilient.attempt import Attempt
     from dspy_resilient.lm import ResilientLM
-    from dspy_resilient.progress import Call
-    from dspy_resilient.runtime import Runtime
+    from dspy_resilient.pipeline.attempt import Attempt
+    from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.pipeline.state import Call
+
+
+# How LiteLLM and the conventions call the same provider, where they differ.
+_PROVIDERS = {
+    "azure": "azure.ai.openai",
+    "azure_ai": "azure.ai.inference",
+    "bedrock": "aws.bedrock",
+    "gemini": "gcp.gemini",
+    "mistral": "mistral_ai",
+    "vertex_ai": "gcp.vertex_ai",
+    "watsonx": "ibm.watsonx.ai",
+    "xai": "x_ai",
+}
+_SETTINGS = (
+    *("temperature", "top_p", "top_k", "max_tokens", "seed"),
+    *("frequency_penalty", "presence_penalty"),
+)
+_USAGE = {
+    "input": ("prompt_tokens", "input_tokens"),
+    "output": ("completion_tokens", "output_tokens"),
+}
+
+
+def _operation(lm: Any) -> dict[str, str]:
+    """Return what a call of `lm` is: its kind, its provider, and the model asked for."""
+    provider, slash, model = lm.model.partition("/")
+    about = {
+        "gen_ai.operation.name": "text_completion" if lm.model_type == "text" else "chat",
+        "gen_ai.request.model": model if slash else lm.model,
+    }
+    if slash:
+        about["gen_ai.provider.name"] = _PROVIDERS.get(provider, provider)
+    return about
+
+
+def _settings(call: Call) -> dict[str, Any]:
+    """Return what the request asks for, as far as it is plain numbers."""
+    asked = {**call.targets[0].lm.kwargs, **call.kwargs}
+    told: dict[str, Any] = {
+        f"gen_ai.request.{name}": asked[name]
+        for name in _SETTINGS
+        if isinstance(asked.get(name), (int, float))
+    }
+    if isinstance(asked.get("n"), int) and asked["n"] > 1:
+        told["gen_ai.request.choice.count"] = asked["n"]
+    if call.streams:
+        told["gen_ai.request.stream"] = True
+    return told
+
+
+def _response(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what came back, from DSPy's history entry: model, id and why it ended."""
+    answer = record.get("response")
+    choices = getattr(answer, "choices", None) or ()
+    reasons = [str(reason) for each in choices if (reason := getattr(each, "finish_reason", None))]
+    told = {
+        "gen_ai.response.model": record.get("response_model"),
+        "gen_ai.response.id": getattr(answer, "id", None),
+        "gen_ai.response.finish_reasons": reasons,
+    }
+    return {name: value for name, value in told.items() if value}
+
+
+def _usage(record: Mapping[str, Any]) -> dict[str, int]:
+    """Return the tokens of an answer, "input" and "output", as far as they are known."""
+    told = record.get("usage") or {}
+    found = {
+        kind: next((told[name] for name in names if isinstance(told.get(name), int)), None)
+        for kind, names in _USAGE.items()
+    }
+    return {kind: tokens for kind, tokens in found.items() if tokens is not None}
+
 
 _SCOPE = "dspy_resilient"
 _SECONDS = [0.01 * 2**step for step in range(14)]
@@ -79,7 +150,7 @@ def instrument(
 class Telemetry:
     """The reporting of some clients, until `close()` or the end of a `with` block."""
 
-    def __init__(self, found: list[Runtime], tracer: trace.Tracer, meter: Meter) -> None:
+    def __init__(self, found: list[ClientState], tracer: trace.Tracer, meter: Meter) -> None:
         self._runtimes = weakref.WeakSet(found)
         self._reporter = _Reporter(tracer, meter)
         for runtime in found:
@@ -123,7 +194,7 @@ class Telemetry:
                     int(state == current),
                     {
                         "dspy_resilient.client": name,
-                        "dspy_resilient.target": target,
+                        "dspy_resilient.targets.target": target,
                         "dspy_resilient.circuit.state": str(state),
                     },
                 )
@@ -142,7 +213,7 @@ class _Reporter:
             explicit_bucket_boundaries_advisory=_SECONDS,
         )
         self._attempts = meter.create_histogram(
-            "dspy_resilient.attempt.duration",
+            "dspy_resilient.pipeline.attempt.duration",
             "s",
             "Duration of one request.",
             explicit_bucket_boundaries_advisory=_SECONDS,
@@ -157,13 +228,13 @@ class _Reporter:
     @contextlib.contextmanager
     def call(self, call: Call) -> Iterator[None]:
         target = call.targets[0]
-        about = conventions.operation(target.lm)
+        about = _operation(target.lm)
         name = f"{about['gen_ai.operation.name']} {about['gen_ai.request.model']}"
         clock, outcome = target.runtime.clock, dict(about)
         started = clock()
         try:
             client = {"dspy_resilient.client": target.runtime.name}
-            with self._span(name, SpanKind.CLIENT, client | about | conventions.settings(call)):
+            with self._span(name, SpanKind.CLIENT, client | about | _settings(call)):
                 yield
         except BaseException as error:
             outcome["error.type"] = type(error).__name__
@@ -175,7 +246,7 @@ class _Reporter:
     @contextlib.contextmanager
     def attempt(self, attempt: Attempt) -> Iterator[None]:
         parent, runtime = trace.get_current_span(), attempt.target.runtime
-        target = {"dspy_resilient.target": attempt.label}
+        target = {"dspy_resilient.targets.target": attempt.label}
         facts = target | {"dspy_resilient.probe": attempt.probe}
         started = runtime.clock()
         try:
@@ -201,10 +272,10 @@ class _Reporter:
 
     def _answered(self, span: Span, attempt: Attempt) -> None:
         """Tell the span of the call, and the metrics, what came back."""
-        about = conventions.operation(attempt.target.lm)
-        span.set_attribute("dspy_resilient.target", attempt.label)
-        span.set_attributes(conventions.response(attempt.record))
-        for kind, tokens in conventions.usage(attempt.record).items():
+        about = _operation(attempt.target.lm)
+        span.set_attribute("dspy_resilient.targets.target", attempt.label)
+        span.set_attributes(_response(attempt.record))
+        for kind, tokens in _usage(attempt.record).items():
             span.set_attribute(f"gen_ai.usage.{kind}_tokens", tokens)
             self._tokens.record(tokens, about | {"gen_ai.token.type": kind})
 

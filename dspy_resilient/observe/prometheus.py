@@ -36,8 +36,8 @@ from dspy_resilient.observe.metrics import COUNTERS, circuit_states, runtimes, t
 
 if TYPE_CHECKING:
     from dspy_resilient.lm import ResilientLM
-    from dspy_resilient.observe.stats import Stats
-    from dspy_resilient.runtime import Runtime
+    from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.stats.stats import Stats
 
 
 class ClientCollector(Collector):
@@ -89,7 +89,7 @@ def _latency(numbers: dict[str, Stats]) -> Metric:
     return family
 
 
-def _circuits(found: list[Runtime]) -> Metric:
+def _circuits(found: list[ClientState]) -> Metric:
     meaning = "1 for the state that the circuit is in, 0 for the others."
     labels = ["client", "target", "state"]
     family = GaugeMetricFamily("dspy_resilient_circuit_state", meaning, labels=labels)

@@ -1,10 +1,10 @@
 """The way to the providers, as far as it leads through LiteLLM."""
 
-from dspy_resilient.providers.evidence import Evidence, home_of
+from dspy_resilient.providers.callback_event import CallbackEvent, home_of
 from dspy_resilient.providers.leases import Connections
-from dspy_resilient.providers.loops import async_client, tend
+from dspy_resilient.providers.loop_end import async_client, tend
 from dspy_resilient.providers.observer import (
-    Sighting,
+    AttemptWatch,
     ensure_registered,
     load,
     loaded,
@@ -16,9 +16,9 @@ from dspy_resilient.providers.observer import (
 from dspy_resilient.providers.pool import client
 
 __all__ = [
+    "AttemptWatch",
+    "CallbackEvent",
     "Connections",
-    "Evidence",
-    "Sighting",
     "async_client",
     "client",
     "ensure_registered",

@@ -14,11 +14,12 @@ from contextlib import suppress
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
-from dspy_resilient.fork import renew_after_fork
-from dspy_resilient.providers import cached, closing
+from dspy_resilient._support.fork import renew_after_fork
+from dspy_resilient.providers import cached
+from dspy_resilient.providers import http_close as closing
 
 if TYPE_CHECKING:
-    from dspy_resilient.providers.closing import HttpClient
+    from dspy_resilient.providers.http_close import HttpClient
 
 Loop = asyncio.AbstractEventLoop
 

@@ -2,7 +2,7 @@
 
 LiteLLM's callbacks are process-wide, few, and one per class, so there is one for all clients. It
 routes each failure to the attempt that it belongs to, found by a call id which LiteLLM passes
-from call to event and never sends anywhere. A client that listens to a provider (R31) hears of
+from call to event and never sends anywhere. A client that listens to a provider hears of
 the calls that were no attempt of ours. This module judges nothing and keeps nothing: it knows an
 attempt while it runs, and a subscriber while it lives.
 
@@ -24,28 +24,28 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient.events import logger
-from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.providers.cached import made_so_far
-from dspy_resilient.providers.evidence import (
+from dspy_resilient.providers.callback import Hook
+from dspy_resilient.providers.callback_event import (
     TAG,
-    Evidence,
+    CallbackEvent,
     call_ids,
     endpoint_name,
     provider_name,
     read_event,
 )
-from dspy_resilient.providers.hook import Hook
 from dspy_resilient.providers.leases import Connections
 
-OnFailure = Callable[[Evidence], None]
-OnOutcome = Callable[[Evidence, bool], None]
+OnFailure = Callable[[CallbackEvent], None]
+OnOutcome = Callable[[CallbackEvent, bool], None]
 
 # The attempt of this context, where it carries no tags.
-_untagged: ContextVar[Sighting | None] = ContextVar("dspy_resilient_untagged", default=None)
+_untagged: ContextVar[AttemptWatch | None] = ContextVar("dspy_resilient_untagged", default=None)
 
 
-class Sighting:
+class AttemptWatch:
     """An attempt as the observer sees it: it hears of one failure at most, of none once closed.
 
     Attributes:
@@ -106,7 +106,7 @@ class _Subscription:
     on_outcome: Callable[[], OnOutcome | None]
     client: weakref.ref[Any] | None
 
-    def concerns(self, evidence: Evidence) -> bool:
+    def concerns(self, evidence: CallbackEvent) -> bool:
         is_there = self.endpoint is None or f"{evidence.endpoint}/".startswith(f"{self.endpoint}/")
         return is_there and evidence.provider == self.provider
 
@@ -124,17 +124,19 @@ class _Observer:
         self.hook.renew()
         self._changing = threading.Lock()
         # Weakly: Ctrl-C may strike before its watcher can close a sighting.
-        self._sightings: weakref.WeakValueDictionary[str, Sighting] = weakref.WeakValueDictionary()
+        self._sightings: weakref.WeakValueDictionary[str, AttemptWatch] = (
+            weakref.WeakValueDictionary()
+        )
         self._series = str(uuid.uuid4())[:-12]  # one random UUID, whose last digits count
         self._numbers = itertools.count()
 
-    def sight(self, on_failure: OnFailure, client: object = None) -> Sighting:
+    def sight(self, on_failure: OnFailure, client: object = None) -> AttemptWatch:
         """Return a new attempt under observation."""
-        sighting = Sighting(f"{self._series}{next(self._numbers):012x}", on_failure, client)
+        sighting = AttemptWatch(f"{self._series}{next(self._numbers):012x}", on_failure, client)
         self._sightings[sighting.call_id] = sighting
         return sighting
 
-    def take(self, sighting: Sighting) -> bool:
+    def take(self, sighting: AttemptWatch) -> bool:
         """End the observation of `sighting`; False if it has ended already."""
         return self._sightings.pop(sighting.call_id, None) is not None
 
@@ -178,7 +180,7 @@ class _Observer:
                 sighting.on_failure(evidence)
                 self._publish(evidence, succeeded=False, client=sighting.client)
 
-    def _publish(self, evidence: Evidence, *, succeeded: bool, client: object = None) -> None:
+    def _publish(self, evidence: CallbackEvent, *, succeeded: bool, client: object = None) -> None:
         """Tell those whom it concerns, but not the `client` whose own attempt it was."""
         for subscription in self._subscriptions:
             own = subscription.client is not None and subscription.client() is client
@@ -198,7 +200,7 @@ def loaded() -> bool:
 
 
 def load() -> None:
-    """Import LiteLLM, which takes seconds the first time; on any thread, idempotent (R33).
+    """Import LiteLLM, which takes seconds the first time; on any thread, idempotent.
 
     DSPy's own settings of LiteLLM are left to DSPy, which makes them at its first call.
     """
@@ -217,7 +219,7 @@ def unregister() -> None:
     _observer.hook.unregister()
 
 
-def observe(on_failure: OnFailure) -> Sighting:
+def observe(on_failure: OnFailure) -> AttemptWatch:
     """Watch one attempt, until `close()`.
 
     Its `tags()` have to be among the keywords that LiteLLM gets. Imports LiteLLM if need be. An
@@ -241,7 +243,7 @@ def watch(
         by_keywords: Whether keywords reach LiteLLM. If not (a typed Request, another engine), there
             are none to add, LiteLLM is not imported, and what fails in this context, untagged, is
             taken for the attempt.
-        keywords: As for `Sighting.tags`.
+        keywords: As for `AttemptWatch.tags`.
         connections: Whose provider clients the attempt uses: those of the client that makes it.
     """
     if by_keywords or loaded():
@@ -263,7 +265,7 @@ def watch(
 def subscribe(
     provider: str, endpoint: str | None, on_outcome: OnOutcome, client: object = None
 ) -> Callable[[], None]:
-    """Hear of the process's LiteLLM calls to a provider that are no attempts of one's own (R31).
+    """Hear of the process's LiteLLM calls to a provider that are no attempts of one's own.
 
     Of the attempts of other clients only failures are heard. LiteLLM is not imported for it: where
     it has not been yet, hearing begins with the first attempt of any client.

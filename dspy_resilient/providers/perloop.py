@@ -16,7 +16,7 @@ import contextvars
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from dspy_resilient.providers import closing
+from dspy_resilient.providers import http_close as closing
 
 _SHARED_CLIENT = "module level aclient"
 _PATIENCE = 20.0

@@ -15,9 +15,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
-from dspy_resilient.fork import renew_after_fork
-from dspy_resilient.providers import cached, closing
-from dspy_resilient.providers.making import Configuration, make, resolve
+from dspy_resilient._support.fork import renew_after_fork
+from dspy_resilient.providers import cached
+from dspy_resilient.providers import http_close as closing
+from dspy_resilient.providers.make import Configuration, make, resolve
 
 if TYPE_CHECKING:
     Shelf = weakref.WeakValueDictionary[str, Any]

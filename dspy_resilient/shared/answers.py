@@ -16,14 +16,14 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient.cache.codec import decode, encode
-from dspy_resilient.fork import renew_after_fork
 from dspy_resilient.shared.link import Link
 from dspy_resilient.shared.store import MOST_TEXT, CacheOrder, Verb
 
 if TYPE_CHECKING:
     from dspy_resilient.cache import Answer
-    from dspy_resilient.shared.courier import Courier
+    from dspy_resilient.shared.link import Courier
     from dspy_resilient.shared.store import CachedText
 
     Found: TypeAlias = Future[Answer | None]

@@ -14,7 +14,7 @@ from dspy_resilient.shared.link import Link
 from dspy_resilient.shared.store import BudgetReport, BudgetView, Verb
 
 if TYPE_CHECKING:
-    from dspy_resilient.shared.courier import Courier
+    from dspy_resilient.shared.link import Courier
 
 
 class SharedBudget(Link[BudgetReport, BudgetView], RetryBudget):

@@ -13,8 +13,9 @@ import uuid
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dspy_resilient.circuit import CircuitBreaker, CircuitState, Outcome, Permit
-from dspy_resilient.circuit.describe import describe
+from dspy_resilient._support.redact import describe
+from dspy_resilient.circuit import CircuitBreaker, CircuitState, Permit
+from dspy_resilient.outcomes import Outcome
 from dspy_resilient.shared.link import VIEW_AGE, Link
 from dspy_resilient.shared.store import CircuitReport, CircuitVerdict, CircuitView, Verb
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from dspy_resilient.policies import CircuitPolicy
-    from dspy_resilient.shared.courier import Courier
+    from dspy_resilient.shared.link import Courier
 
 _CLOSED, _HALF_OPEN = CircuitState.CLOSED, CircuitState.HALF_OPEN
 _SUCCESS, _FAILURE, _NEUTRAL = Outcome.SUCCESS, Outcome.FAILURE, Outcome.NEUTRAL
@@ -134,8 +135,8 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
                 if ticket is not None:
                     permit = Permit(self, machine.generation, self._clock(), probe=True)
                     self._tokens[permit] = ticket.name
-                    self._places.give_back(ticket.name)
-                    self._places.take(permit, ticket.until)
+                    self._leases.give_back(ticket.name)
+                    self._leases.take(permit, ticket.until)
                     return permit
                 if self.policy.mode != "observe":
                     self._rejected += 1
@@ -150,10 +151,10 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
 
     def wants_news(self) -> bool:
         """Whether somebody waits."""
-        return self._signals.waiting > 0
+        return self._notifier.waiting > 0
 
     def _wake(self) -> None:
-        self._signals.send()
+        self._notifier.send()
 
     # Reporting
 
@@ -179,7 +180,7 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
             if permit.generation != self._machine.generation:
                 return
             if permit.probe:
-                self._places.give_back(permit)
+                self._leases.give_back(permit)
             if outcome is _SUCCESS and token is None:
                 self._count_success(permit)
                 return
@@ -209,7 +210,7 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
         if ticket is None or self._askers:
             return False
         self._ticket = None
-        self._places.give_back(ticket.name)
+        self._leases.give_back(ticket.name)
         self._outbox.append(CircuitVerdict(_NEUTRAL, probe=ticket.name))
         return True
 
@@ -292,15 +293,15 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
             if self._return_ticket():
                 self.ask()
         if machine.state is _HALF_OPEN:
-            self._signals.call(self.policy.probes - self._places.taken(now))
+            self._notifier.call(self.policy.probes - self._leases.taken(now))
 
     def _mirror(self, now: float, places: dict[str, float]) -> None:
         """Note who holds a place, here and elsewhere."""
         ours = {token: permit for permit, token in self._tokens.items()}
         self._tokens = {permit: token for token, permit in ours.items() if token in places}
-        self._places.clear()
+        self._leases.clear()
         for name, left in places.items():
-            self._places.take(ours.get(name, name), now + left)
+            self._leases.take(ours.get(name, name), now + left)
 
     def _do_without(self, now: float, request: CircuitReport | None) -> None:
         machine = self._machine
@@ -319,7 +320,7 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
             tokens.append(self._ticket.name)
             self._ticket = None
         self._outbox = [CircuitVerdict(_NEUTRAL, probe=token) for token in tokens]
-        for holder in list(self._places.leases(now)):
+        for holder in list(self._leases.leases(now)):
             if isinstance(holder, str):  # somebody else's, of whom nothing will be heard
-                self._places.give_back(holder)
-        self._signals.call()
+                self._leases.give_back(holder)
+        self._notifier.call()

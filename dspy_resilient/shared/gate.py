@@ -9,12 +9,12 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from dspy_resilient.circuit import GatePass, ThrottleGate
+from dspy_resilient.limits import GatePass, ThrottleGate
 from dspy_resilient.shared.link import Link
 from dspy_resilient.shared.store import ThrottleReport, ThrottleView, Verb
 
 if TYPE_CHECKING:
-    from dspy_resilient.shared.courier import Courier
+    from dspy_resilient.shared.link import Courier
 
 
 class SharedGate(Link[ThrottleReport, ThrottleView], ThrottleGate):
@@ -43,7 +43,7 @@ class SharedGate(Link[ThrottleReport, ThrottleView], ThrottleGate):
         return self._untold or self._untold_reset
 
     def _wake(self) -> None:
-        self._signals.send()
+        self._notifier.send()
 
     def record_throttle(self, ticket: GatePass, hint: float | None) -> float:
         """Close for everybody; see `GatePass.throttled`."""

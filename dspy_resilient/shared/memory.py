@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import cachetools
 
-from dspy_resilient.circuit import CircuitState, Outcome
+from dspy_resilient._support.fork import renew_after_fork
+from dspy_resilient._support.wait_queue import LeaseTable, Notifier
+from dspy_resilient.circuit import CircuitState
 from dspy_resilient.circuit.machine import Machine
-from dspy_resilient.circuit.waiting import Places, Signals
-from dspy_resilient.fork import renew_after_fork
+from dspy_resilient.outcomes import Outcome
 from dspy_resilient.shared.store import (
     KEPT,
     BudgetView,
@@ -132,9 +133,9 @@ class _Circuit:
 
     def __init__(self, policy: CircuitPolicy, now: float) -> None:
         self._draw = 0.5
-        self._places = Places()
-        signals = Signals(None)
-        self._machine = Machine(policy, now, lambda: self._draw, signals, self._places, client="")
+        self._leases = LeaseTable()
+        signals = Notifier(None)
+        self._machine = Machine(policy, now, lambda: self._draw, signals, self._leases, client="")
         self._stamp = 0
 
     def hear(self, now: float, report: CircuitReport) -> CircuitView:
@@ -155,7 +156,7 @@ class _Circuit:
         if report.probe is not None and not machine.passes:
             granted = machine.lets_probe(now, early=report.early)
             if granted:
-                self._places.take(report.probe, now + report.lease)
+                self._leases.take(report.probe, now + report.lease)
         changes = machine.generation - generation
         if changes:
             self._stamp = max(math.floor(now * 1e6), self._stamp + 1) + changes - 1
@@ -176,7 +177,7 @@ class _Circuit:
 
     def _view(self, now: float, *, accepted: bool, granted: bool) -> CircuitView:
         machine = self._machine
-        places = {str(name): until - now for name, until in self._places.leases(now).items()}
+        places = {str(name): until - now for name, until in self._leases.leases(now).items()}
         return CircuitView(
             at=now,
             generation=self._stamp,

@@ -21,7 +21,7 @@ from dspy_resilient.shared.store import RateReport, RateView, Verb
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dspy_resilient.shared.courier import Courier
+    from dspy_resilient.shared.link import Courier
 
 _AHEAD = 2 * VIEW_AGE
 """Seconds of a rate that a process takes at once, besides what the first in its queue needs.

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dspy_resilient.redact import redact
-from dspy_resilient.shared import scripts
+from dspy_resilient._support.redact import redact
+from dspy_resilient.shared import redis_scripts as scripts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from dspy_resilient.policies import CircuitPolicy
-    from dspy_resilient.shared.scripts import Ask
+    from dspy_resilient.shared.redis_scripts import Ask
     from dspy_resilient.shared.store import (
         BudgetReport,
         BudgetView,

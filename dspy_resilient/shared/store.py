@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from dspy_resilient.circuit import CircuitState, Outcome
+from dspy_resilient.circuit import CircuitState
+from dspy_resilient.outcomes import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -273,12 +274,12 @@ class Store(Protocol):
     def throttle(self, key: str, report: ThrottleReport) -> ThrottleView:
         """Hear `report` about the throttle gate `key`, and return how it stands.
 
-        The latest end that anybody has reported counts, whatever the order of the reports (R28).
+        The latest end that anybody has reported counts, whatever the order of the reports.
         """
         ...
 
     def budget(self, key: str, report: BudgetReport) -> BudgetView:
-        """Hear `report` about the retry budget `key`, and return how it stands (R50).
+        """Hear `report` about the retry budget `key`, and return how it stands.
 
         What was done in one place after the other counts as done so, between 0 and `most`. A store
         that knows nothing of it (any more) begins with what the client believed.
@@ -286,7 +287,7 @@ class Store(Protocol):
         ...
 
     def rate(self, key: str, reports: Mapping[str, RateReport]) -> RateView:
-        """Take what `reports` say from the rates `key`, by name, and return how they stand (R53).
+        """Take what `reports` say from the rates `key`, by name, and return how they stand.
 
         It is taken at once, into debt if need be, and whoever takes it waits until it has been
         paid for: see `limits.rate.TokenBucket`. So all clients together keep within each rate.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-from dspy_resilient.fork import renew_after_fork
+from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient.testing.wire import Connection, Incoming
 
 _BACKLOG = 1024

@@ -1,4 +1,4 @@
-"""The numbers add up, whatever happened, and are those of the provider (R71)."""
+"""The numbers add up, whatever happened, and are those of the provider."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def assert_they_add_up(stats, outcomes, events):
 @pytest.mark.parametrize("deadline", [None, 0.1])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_each_call_and_each_request_ends_in_one_way(provider, eventful, seed, deadline):
-    """Hits, followers, retries, fallbacks, refusals, errors and late answers (R71)."""
+    """Hits, followers, retries, fallbacks, refusals, errors and late answers."""
     events = []
     second, lm = eventful(seed, on_event=events.append, deadline=deadline)
     prompts = random.Random(seed).choices("abcdefg", k=48)

@@ -78,7 +78,7 @@ def waiting(lm):
 
 
 def test_identical_calls_are_one_request(provider, make, crowd):
-    """32 calls, one request, 32 answers, and the numbers of it (R44, R71)."""
+    """32 calls, one request, 32 answers, and the numbers of it."""
     lm, hold = make(), Hold()
     provider.script(hold)
     release_when(lambda: waiting(lm) == MANY - 1, hold)
@@ -90,7 +90,7 @@ def test_identical_calls_are_one_request(provider, make, crowd):
 
 
 def test_providers_error_is_everybodys(provider, make, crowd):
-    """32 calls, one request, 32 errors in one call's time, each its own (R44, M26)."""
+    """32 calls, one request, 32 errors in one call's time, each its own."""
     lm, hold = make(num_retries=0), Hold(then=Status(500))
     provider.script(hold)
     release_when(lambda: waiting(lm) == MANY - 1, hold)
@@ -101,7 +101,7 @@ def test_providers_error_is_everybodys(provider, make, crowd):
 
 
 async def test_cancelled_leader_costs_one_request(provider, make):
-    """Of 32 one is cancelled: two requests and 31 answers, on threads and on a loop (R44)."""
+    """Of 32 one is cancelled: two requests and 31 answers, on threads and on a loop."""
     lm = make()
     provider.script(Hang())
     leader = asyncio.create_task(lm.acall("q"))
@@ -117,7 +117,7 @@ async def test_cancelled_leader_costs_one_request(provider, make):
 
 
 def test_loop_that_ends_takes_nobody_along(provider, make):
-    """When the leader's loop is shut down, one of those who wait elsewhere sends (R44, F5)."""
+    """When the leader's loop is shut down, one of those who wait elsewhere sends."""
     lm = make()
     provider.script(Hang())
     with ThreadPoolExecutor(4) as pool:
@@ -137,7 +137,7 @@ def test_loop_that_ends_takes_nobody_along(provider, make):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_straggler_that_dspy_submits_again(provider, make, old):
-    """It waits for the first attempt, unless that is too old; then the first answer serves (R44)."""
+    """It waits for the first attempt, unless that is too old; then the first answer serves."""
     lm = make(cache=CachePolicy(coalesce_max_age=0.05 if old else 60.0))
     provider.answer = "[[ ## answer ## ]]\nParis\n\n[[ ## completed ## ]]"
     hold = Hold()
@@ -159,7 +159,7 @@ def test_straggler_that_dspy_submits_again(provider, make, old):
 
 
 def test_two_endpoints_never_answer_for_each_other(provider, make, plain, ask):
-    """DSPy's own cache gives B what A has answered; this one asks B (R41, M15)."""
+    """DSPy's own cache gives B what A has answered; this one asks B."""
     with Provider("Lyon") as other:
         ask(plain(), "q")
         assert ask(plain(api_base=other.api_base), "q") == ["Paris"]
@@ -171,7 +171,7 @@ def test_two_endpoints_never_answer_for_each_other(provider, make, plain, ask):
 
 
 def test_numbers_of_the_cache(provider, make, ask):
-    """Hits, misses, stale, skipped by reason, evicted, tokens and dollars saved (R71)."""
+    """Hits, misses, stale, skipped by reason, evicted, tokens and dollars saved."""
     policy = CachePolicy(max_entries=1, ttl=1.0, stale_if_error=60.0, disk=None)
     lm = make("openai/gpt-4o-mini", cache=policy, num_retries=0)
     ask(lm, "q")
@@ -215,7 +215,7 @@ def touched(monkeypatch):
 
 
 async def test_event_loop_never_waits_for_the_disk(make, tmp_path, touched):
-    """Reads and writes of an async call happen on another thread (R46)."""
+    """Reads and writes of an async call happen on another thread."""
     assert await make(cache=CachePolicy(disk=tmp_path)).acall("q") == ["Paris"]
     again = make(cache=CachePolicy(disk=tmp_path))
     assert await again.acall("q") == ["Paris"]
@@ -226,14 +226,14 @@ async def test_event_loop_never_waits_for_the_disk(make, tmp_path, touched):
 
 
 def test_sync_call_touches_the_disk_itself(make, tmp_path, touched):
-    """Without an event loop no thread is started for it (R46)."""
+    """Without an event loop no thread is started for it."""
     make(cache=CachePolicy(disk=tmp_path))("q")
     assert make(cache=CachePolicy(disk=tmp_path))("q") == ["Paris"]
     assert touched == {"read": {threading.get_ident()}, "write": {threading.get_ident()}}
 
 
 async def test_hanging_disk_holds_up_one_call_and_no_task(make, tmp_path, monkeypatch):
-    """The loop goes on, and the call can be cancelled; its answer is in memory (R44, R46)."""
+    """The loop goes on, and the call can be cancelled; its answer is in memory."""
     lm, hangs = make(cache=CachePolicy(disk=tmp_path)), threading.Event()
     replace = Path.replace
     monkeypatch.setattr(
@@ -251,8 +251,8 @@ async def test_hanging_disk_holds_up_one_call_and_no_task(make, tmp_path, monkey
 
 
 async def test_disk_that_hangs_is_a_miss(provider, make, tmp_path, monkeypatch):
-    """An async call does not wait for ever for what may be on disk (R46)."""
-    monkeypatch.setattr("dspy_resilient.drive._PATIENCE_WITH_A_DISK", 0.2)
+    """An async call does not wait for ever for what may be on disk."""
+    monkeypatch.setattr("dspy_resilient.pipeline.drivers._PATIENCE_WITH_A_DISK", 0.2)
     lm, hangs, read = make(cache=CachePolicy(disk=tmp_path)), threading.Event(), os.open
 
     def hang(path, *args, **kwargs):
@@ -269,7 +269,7 @@ async def test_disk_that_hangs_is_a_miss(provider, make, tmp_path, monkeypatch):
 
 
 async def test_disk_that_hangs_holds_up_nobody_else(make, tmp_path, monkeypatch):
-    """Another client's answers are read and written meanwhile (R62)."""
+    """Another client's answers are read and written meanwhile."""
     stuck = make(cache=CachePolicy(disk=tmp_path / "stuck"))
     hangs, read = threading.Event(), os.open
 
@@ -291,7 +291,7 @@ async def test_disk_that_hangs_holds_up_nobody_else(make, tmp_path, monkeypatch)
 
 
 async def test_crowd_of_tasks_has_its_disk_hits(make, tmp_path):
-    """A hundred different answers at once come from disk, each to the one who asked (R46)."""
+    """A hundred different answers at once come from disk, each to the one who asked."""
     questions = [f"question {number}" for number in range(100)]
     for _ in range(2):
         lm = make(cache=CachePolicy(disk=tmp_path))
@@ -301,7 +301,7 @@ async def test_crowd_of_tasks_has_its_disk_hits(make, tmp_path):
 
 
 def test_callers_on_the_loops_own_threads_are_no_deadlock(make, tmp_path):
-    """A loop whose pool is full of callers who wait for its calls still finds answers (R44)."""
+    """A loop whose pool is full of callers who wait for its calls still finds answers."""
     make(cache=CachePolicy(disk=tmp_path))("q")
     lm = make(cache=CachePolicy(disk=tmp_path))
 
@@ -328,7 +328,7 @@ print(lm("q"), lm.stats().attempts)
 
 
 def test_script_that_runs_again_sends_nothing(provider, tmp_path):
-    """What one process has paid for, the next one has (R46)."""
+    """What one process has paid for, the next one has."""
     command = [sys.executable, "-c", SCRIPT, provider.api_base, str(tmp_path)]
     first = subprocess.run(command, capture_output=True, text=True, timeout=50, check=True)
     assert first.stdout.strip() == "['Paris'] 1"
@@ -366,7 +366,7 @@ def _halves(folder):
 
 @pytest.mark.parametrize("break_it", [_file_in_its_way, _gone, _rubbish, _halves])
 def test_broken_disk_fails_no_call(provider, make, ask, tmp_path, break_it, caplog):
-    """Whatever becomes of the folder, the answer comes, from the provider if need be (R46)."""
+    """Whatever becomes of the folder, the answer comes, from the provider if need be."""
     folder = tmp_path / "answers"
     if break_it is not _file_in_its_way:
         ask(make(cache=CachePolicy(disk=folder)), "q")
@@ -380,7 +380,7 @@ def test_broken_disk_fails_no_call(provider, make, ask, tmp_path, break_it, capl
 
 
 def test_answer_is_served_while_the_circuit_is_open_and_from_disk(provider, make, ask, tmp_path):
-    """A restart in an outage keeps every answer that was paid for (R43, R46)."""
+    """A restart in an outage keeps every answer that was paid for."""
     ask(make(cache=CachePolicy(disk=tmp_path)), "q")
     provider.down("500")
     lm = make(

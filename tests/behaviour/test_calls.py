@@ -20,9 +20,9 @@ from dspy_resilient import (
     ResilientLM,
     RetryPolicy,
     ThrottledError,
-    attempt,
 )
 from dspy_resilient.events import FlightJoined
+from dspy_resilient.pipeline import attempt
 from dspy_resilient.testing import Hang, Hold, Provider, Status, rate_limited
 
 AT_ONCE = RetryPolicy(base=0.0)
@@ -49,7 +49,7 @@ def run_together(count, work):
 
 
 def test_an_answer_comes_from_the_provider_once_and_then_from_the_cache(provider, make, ask):
-    """The cache is asked first; sync and async share an entry (R11, R40)."""
+    """The cache is asked first; sync and async share an entry."""
     lm = make()
     assert ask(lm, "Capital of France?") == ["Paris"]
     assert lm("Capital of France?") == ["Paris"]
@@ -59,7 +59,7 @@ def test_an_answer_comes_from_the_provider_once_and_then_from_the_cache(provider
 
 
 def test_a_hit_looks_like_dspys(provider, make, ask):
-    """A hit has a history entry with empty usage, the old cost and cache_hit (R43)."""
+    """A hit has a history entry with empty usage, the old cost and cache_hit."""
     lm = make()
     ask(lm, "q", temperature=0.5)
     ask(lm, "q", temperature=0.5)
@@ -76,7 +76,7 @@ def test_a_hit_looks_like_dspys(provider, make, ask):
 
 
 def test_a_hit_is_served_while_the_circuit_is_open(provider, make, ask):
-    """The cache never asks the circuit (R43)."""
+    """The cache never asks the circuit."""
     lm = make(max_wait=0)
     ask(lm, "known")
     lm.circuit.force_open()
@@ -86,14 +86,14 @@ def test_a_hit_is_served_while_the_circuit_is_open(provider, make, ask):
 
 
 def test_outputs_of_a_hit_are_fresh(provider, make, ask):
-    """A caller may change what it got (R40)."""
+    """A caller may change what it got."""
     lm = make()
     ask(lm, "q").append("mine")
     assert ask(lm, "q") == ["Paris"]
 
 
 def test_a_failed_attempt_is_repeated_until_it_is_answered(provider, make, ask):
-    """num_retries=3 means four attempts (R50, R51)."""
+    """num_retries=3 means four attempts."""
     lm = make(retry=AT_ONCE)
     provider.script(Status(500), Status(503), Status(502))
     assert ask(lm, "q") == ["Paris"]
@@ -102,7 +102,7 @@ def test_a_failed_attempt_is_repeated_until_it_is_answered(provider, make, ask):
 
 
 def test_attempts_used_up_raise_the_providers_own_error(provider, make, ask):
-    """A provider's error leaves unchanged, with the attempts attached (R51, section 2)."""
+    """A provider's error leaves unchanged, with the attempts attached."""
     lm = make(num_retries=1, retry=RetryPolicy(base=0.0, max_attempts=2))
     provider.always(Status(500))
     with pytest.raises(dspy.LMServerError) as caught:
@@ -113,7 +113,7 @@ def test_attempts_used_up_raise_the_providers_own_error(provider, make, ask):
 
 @pytest.mark.parametrize("retries", [0, 2])
 def test_num_retries_means_what_it_says_wherever_it_is_given(provider, make, ask, retries):
-    """As attribute, constructor argument and per-call argument (R51)."""
+    """As attribute, constructor argument and per-call argument."""
     provider.always(Status(500))
     quick = RetryPolicy(base=0.0, max_attempts=retries + 1)
     for lm, options in [
@@ -141,7 +141,7 @@ def test_what_the_caller_got_wrong_is_neither_repeated_nor_held_against_the_prov
 
 
 def test_the_circuit_opens_and_later_calls_send_nothing(provider, make, ask):
-    """After failure_threshold failures nothing is sent (R22, R27)."""
+    """After failure_threshold failures nothing is sent."""
     lm = make(circuit=FRAGILE, max_wait=0, num_retries=0)
     provider.always(Status(500))
     for _ in range(2):
@@ -156,7 +156,7 @@ def test_the_circuit_opens_and_later_calls_send_nothing(provider, make, ask):
 
 
 def test_a_call_waits_for_an_open_circuit_while_its_patience_lasts(provider, make, ask):
-    """A blip is ridden out (R27)."""
+    """A blip is ridden out."""
     lm = make(circuit=CircuitPolicy(failure_threshold=1, recovery_time=0.2), retry=AT_ONCE)
     provider.script(Status(500))
     assert ask(lm, "q") == ["Paris"]
@@ -165,7 +165,7 @@ def test_a_call_waits_for_an_open_circuit_while_its_patience_lasts(provider, mak
 
 
 def test_a_wait_that_does_not_fit_is_not_begun(provider, make, ask):
-    """An outage fails fast (R27)."""
+    """An outage fails fast."""
     lm = make(circuit=FRAGILE, max_wait=5, num_retries=0)
     provider.always(Status(500))
     for _ in range(2):
@@ -178,7 +178,7 @@ def test_a_wait_that_does_not_fit_is_not_begun(provider, make, ask):
 
 
 def test_failing_as_the_probe_uses_up_no_attempt_while_patience_lasts(provider, make, ask):
-    """With max_wait left, a call outlives more failed probes than it has attempts (R27)."""
+    """With max_wait left, a call outlives more failed probes than it has attempts."""
     circuit = CircuitPolicy(failure_threshold=1, recovery_time=0.05, backoff=1.0)
     lm = make(circuit=circuit, retry=RetryPolicy(base=0.0, max_attempts=2), max_wait=10)
     provider.script(*[Status(500)] * 5)
@@ -196,7 +196,7 @@ def test_a_refused_connection_is_a_failure_like_any_other(provider, make, ask):
 
 
 def test_a_429_closes_the_gate_and_the_call_goes_on_after_the_pause(provider, make, ask):
-    """429 is neutral, waits as asked, and uses up no attempt (R28)."""
+    """429 is neutral, waits as asked, and uses up no attempt."""
     lm = make(num_retries=0, circuit=CircuitPolicy(failure_threshold=1))
     provider.script(rate_limited("0.2"), rate_limited("0.2"))
     begun = time.monotonic()
@@ -207,7 +207,7 @@ def test_a_429_closes_the_gate_and_the_call_goes_on_after_the_pause(provider, ma
 
 
 def test_a_pause_that_does_not_fit_raises_the_429_and_says_when_to_come_back(provider, make, ask):
-    """The call that got it raises it with retry_after; later ones are refused unsent (R28)."""
+    """The call that got it raises it with retry_after; later ones are refused unsent."""
     lm = make(deadline=10.0)
     provider.always(rate_limited("3600"))
     begun = time.monotonic()
@@ -222,7 +222,7 @@ def test_a_pause_that_does_not_fit_raises_the_429_and_says_when_to_come_back(pro
 
 
 def test_a_fallback_answers_when_the_primary_cannot(provider, make, ask):
-    """Fallbacks are asked in order; history names who answered (R52)."""
+    """Fallbacks are asked in order; history names who answered."""
     with Provider("Lyon") as second:
         backup = dspy.LM("openai/backup", api_base=second.api_base, api_key="k", engine="litellm")
         lm = make(fallbacks=[backup], num_retries=0)
@@ -237,7 +237,7 @@ def test_a_fallback_answers_when_the_primary_cannot(provider, make, ask):
 
 
 def test_an_open_circuit_is_skipped_without_a_call_when_there_is_a_fallback(provider, make, ask):
-    """A rejection goes straight to the next target (R52)."""
+    """A rejection goes straight to the next target."""
     with Provider("Lyon") as second:
         backup = dspy.LM("openai/backup", api_base=second.api_base, api_key="k", engine="litellm")
         lm = make(fallbacks=[backup], circuit=FRAGILE)
@@ -249,7 +249,7 @@ def test_an_open_circuit_is_skipped_without_a_call_when_there_is_a_fallback(prov
 
 
 def test_all_targets_failing_says_what_each_of_them_did(provider, make, ask):
-    """AllTargetsFailedError has one error per target; the last is its cause (R52)."""
+    """AllTargetsFailedError has one error per target; the last is its cause."""
     with Provider() as second:
         backup = dspy.LM("openai/backup", api_base=second.api_base, api_key="k", engine="litellm")
         lm = make(fallbacks=[backup], num_retries=0)
@@ -262,7 +262,7 @@ def test_all_targets_failing_says_what_each_of_them_did(provider, make, ask):
 
 
 def test_a_bad_request_ends_the_call_whatever_fallbacks_there_are(provider, make, ask):
-    """A neutral error leaves unchanged (R52)."""
+    """A neutral error leaves unchanged."""
     with Provider() as second:
         backup = dspy.LM("openai/backup", api_base=second.api_base, api_key="k", engine="litellm")
         lm = make(fallbacks=[backup])
@@ -273,7 +273,7 @@ def test_a_bad_request_ends_the_call_whatever_fallbacks_there_are(provider, make
 
 
 def test_the_deadline_holds_while_an_attempt_hangs(provider, make, ask):
-    """A hanging provider cannot hold a call beyond its deadline (R54)."""
+    """A hanging provider cannot hold a call beyond its deadline."""
     lm = make(deadline=0.5)
     provider.always(Hang())
     begun = time.monotonic()
@@ -284,18 +284,18 @@ def test_the_deadline_holds_while_an_attempt_hangs(provider, make, ask):
 
 @pytest.mark.parametrize("seconds", [1e10, 1e300])
 def test_a_deadline_may_be_longer_than_any_wait(make, ask, seconds):
-    """Python's own waits end at some hundred years; a deadline does not (R54)."""
+    """Python's own waits end at some hundred years; a deadline does not."""
     assert ask(make(deadline=seconds, limits=1), "q") == ["Paris"]
 
 
 def test_no_number_of_failures_breaks_the_backoff(make):
-    """The wait is bounded by `cap` however many there were (R50)."""
+    """The wait is bounded by `cap` however many there were."""
     lm = make(retry=RetryPolicy(cap=5.0))
     assert 0 <= lm._runtime.backoff(100_000) <= 5
 
 
 def test_an_answer_that_comes_too_late_is_there_for_the_next_call(provider, make):
-    """A late answer still lands in the cache (R54)."""
+    """A late answer still lands in the cache."""
     lm = make(deadline=0.3)
     hold = Hold()
     provider.script(hold)
@@ -311,7 +311,7 @@ def test_an_answer_that_comes_too_late_is_there_for_the_next_call(provider, make
 
 
 def test_identical_calls_at_once_send_one_request(provider, make):
-    """Single-flight over threads (R44)."""
+    """Single-flight over threads."""
     lm = make()
     hold = Hold()
     provider.script(hold)
@@ -322,14 +322,14 @@ def test_identical_calls_at_once_send_one_request(provider, make):
 
 
 async def test_identical_tasks_at_once_send_one_request(provider, make):
-    """Single-flight over the tasks of one loop (R44)."""
+    """Single-flight over the tasks of one loop."""
     lm = make()
     assert await asyncio.gather(*(lm.acall("q") for _ in range(16))) == [["Paris"]] * 16
     assert provider.count == 1
 
 
 def test_a_failing_leader_fails_its_followers_at_once(provider, make):
-    """32 identical calls, one request, 32 errors in one call's time (R44)."""
+    """32 identical calls, one request, 32 errors in one call's time."""
     lm = make(num_retries=0)
     hold = Hold(then=Status(400))
     provider.script(hold)
@@ -340,7 +340,7 @@ def test_a_failing_leader_fails_its_followers_at_once(provider, make):
 
 
 async def test_a_cancelled_leader_promotes_a_follower(provider, make):
-    """The rest get their answer with a second request (R44)."""
+    """The rest get their answer with a second request."""
     joined = threading.Semaphore(0)
     lm = make(on_event=lambda event: isinstance(event, FlightJoined) and joined.release())
     provider.script(Hang())
@@ -357,7 +357,7 @@ async def test_a_cancelled_leader_promotes_a_follower(provider, make):
 
 
 async def test_a_cancelled_call_leaves_nothing_behind(provider, make):
-    """Cancellation is neutral and gives everything back (R21)."""
+    """Cancellation is neutral and gives everything back."""
     lm = make(circuit=CircuitPolicy(failure_threshold=1), limits=1, cache=False)
     provider.script(Hang())
     task = asyncio.create_task(lm.acall("q"))
@@ -370,7 +370,7 @@ async def test_a_cancelled_call_leaves_nothing_behind(provider, make):
 
 
 async def test_a_sync_call_on_a_running_loop_never_waits_for_a_task_of_that_loop(provider, make):
-    """No deadlock, whatever the mix (R44)."""
+    """No deadlock, whatever the mix."""
     lm = make()
     hold = Hold()
     provider.script(hold)
@@ -411,7 +411,7 @@ def test_zero_choices_are_a_failure(provider, make, ask):
 
 
 def test_what_a_truncated_answer_was_is_not_remembered(provider, make, ask):
-    """Only complete answers are stored (R42)."""
+    """Only complete answers are stored."""
     from dspy_resilient.testing import Truncated
 
     lm = make()
@@ -423,7 +423,7 @@ def test_what_a_truncated_answer_was_is_not_remembered(provider, make, ask):
 
 
 def test_an_answer_the_adapter_cannot_parse_is_forgotten(provider, make):
-    """A parse failure evicts; the second try asks again (R42)."""
+    """A parse failure evicts; the second try asks again."""
     lm = make()
     provider.answer = "no field markers here"
     predict = dspy.Predict("question -> number: int")
@@ -437,7 +437,7 @@ def test_an_answer_the_adapter_cannot_parse_is_forgotten(provider, make):
 
 
 def test_cache_can_be_switched_off_per_client_per_call_and_by_attribute(provider, make, ask):
-    """cache=False asks the provider each time; the attribute is read per call (R7)."""
+    """cache=False asks the provider each time; the attribute is read per call."""
     lm = make(cache=False)
     ask(lm, "q"), ask(lm, "q")
     assert provider.count == 2
@@ -449,7 +449,7 @@ def test_cache_can_be_switched_off_per_client_per_call_and_by_attribute(provider
 
 
 def test_rollout_and_settings_separate_answers_and_timeouts_do_not(provider, make, ask):
-    """What changes the answer is in the key; what does not is left out (R41)."""
+    """What changes the answer is in the key; what does not is left out."""
     lm = make(cache=CachePolicy())
     ask(lm, "q", temperature=1.0)
     ask(lm, "q", temperature=1.0, rollout_id=1)
@@ -462,7 +462,7 @@ def test_rollout_and_settings_separate_answers_and_timeouts_do_not(provider, mak
 
 
 def test_endpoints_and_keys_separate_answers(provider, make, ask):
-    """Two endpoints or two tenants never share an answer (R41)."""
+    """Two endpoints or two tenants never share an answer."""
     with Provider("Lyon") as other:
         lm = make()
         assert ask(lm, "q") == ["Paris"]
@@ -472,7 +472,7 @@ def test_endpoints_and_keys_separate_answers(provider, make, ask):
 
 
 def test_one_attempt_is_one_request(provider, make, ask):
-    """Neither DSPy nor LiteLLM nor the SDK retries beneath us (R32)."""
+    """Neither DSPy nor LiteLLM nor the SDK retries beneath us."""
     for kind in ("chat", "text", "responses"):
         provider.clear()
         lm = make(model_type=kind, num_retries=0)
@@ -483,7 +483,7 @@ def test_one_attempt_is_one_request(provider, make, ask):
 
 
 def test_nothing_of_ours_goes_over_the_wire(provider, make, plain, ask):
-    """The body and headers equal those of dspy.LM (R30)."""
+    """The body and headers equal those of dspy.LM."""
     ask(plain(cache=False, seed=3), "q", temperature=0.2)
     ask(make(seed=3), "q", temperature=0.2)
     theirs, ours = provider.requests
@@ -492,7 +492,7 @@ def test_nothing_of_ours_goes_over_the_wire(provider, make, plain, ask):
 
 
 def test_resilient_lm_is_a_dspy_lm(make):
-    """isinstance, attributes and positional arguments (R1)."""
+    """isinstance, attributes and positional arguments."""
     lm = ResilientLM("openai/x", "chat", 0.3, 100)
     assert isinstance(lm, dspy.LM)
     assert lm.kwargs["temperature"] == 0.3
@@ -502,7 +502,7 @@ def test_resilient_lm_is_a_dspy_lm(make):
 
 
 def test_an_attempt_that_has_ended_keeps_nobody_from_waiting(make, monkeypatch):
-    """Ctrl-C may strike before the mark of an attempt is taken back; it means nothing then (R44)."""
+    """Ctrl-C may strike before the mark of an attempt is taken back; it means nothing then."""
     marks = []
 
     def note(event):

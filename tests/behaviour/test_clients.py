@@ -1,4 +1,4 @@
-"""Named clients: started once, looked up by name, closed together (R61)."""
+"""Named clients: started once, looked up by name, closed together."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def request_of(request):
 
 
 def test_a_request_is_a_call_of_the_client(clients, settings, request_of):
-    """Same answer, same history, same numbers (R61)."""
+    """Same answer, same history, same numbers."""
     lm = clients.start("fast", "openai/test", **settings)
     assert isinstance(lm, ResilientLM)
     assert lm.name == "fast"
@@ -58,7 +58,7 @@ def test_a_request_is_a_call_of_the_client(clients, settings, request_of):
 
 @pytest.mark.filterwarnings("ignore:messages= dictionaries:DeprecationWarning")
 def test_a_request_takes_messages(clients, settings, provider, request_of):
-    """As a call of `dspy.LM` does (R61)."""
+    """As a call of `dspy.LM` does."""
     clients.start("fast", "openai/test", **settings)
     asked = [{"role": "user", "content": "hello"}]
     assert request_of(clients, "fast", messages=asked) == ["Paris"]
@@ -66,7 +66,7 @@ def test_a_request_takes_messages(clients, settings, provider, request_of):
 
 
 def test_a_request_is_over_when_its_time_is(clients, settings, provider, request_of):
-    """Whatever the provider does; 30 seconds by default (R54, R61)."""
+    """Whatever the provider does; 30 seconds by default."""
     provider.always(Hang())
     clients.start("fast", "openai/test", **settings)
     with pytest.raises(DeadlineExceededError):
@@ -75,7 +75,7 @@ def test_a_request_is_over_when_its_time_is(clients, settings, provider, request
 
 
 def test_the_clients_own_deadline_holds_all_the_same(clients, settings, provider, request_of):
-    """A timeout never extends it (R61)."""
+    """A timeout never extends it."""
     provider.always(Hang())
     clients.start("fast", "openai/test", deadline=0.2, **settings)
     for timeout in (None, 30.0):
@@ -84,7 +84,7 @@ def test_the_clients_own_deadline_holds_all_the_same(clients, settings, provider
 
 
 def test_clients_are_a_mapping(clients, settings):
-    """By name, in the order in which they were started (R61)."""
+    """By name, in the order in which they were started."""
     for name in ("b", "a"):
         clients.start(name, "openai/test", **settings)
     assert list(clients) == ["b", "a"]
@@ -98,7 +98,7 @@ def test_clients_are_a_mapping(clients, settings):
 
 
 def test_the_same_name_and_configuration_is_the_same_client(clients, settings):
-    """Starting is idempotent (R61)."""
+    """Starting is idempotent."""
     policy = CachePolicy(ttl=60)
     first = clients.start("fast", "openai/test", **settings | {"cache": policy})
     again = clients.start("fast", "openai/test", **settings | {"cache": CachePolicy(ttl=60)})
@@ -106,7 +106,7 @@ def test_the_same_name_and_configuration_is_the_same_client(clients, settings):
 
 
 def test_threads_that_start_at_once_get_the_same_client(clients, settings):
-    """And only one is left (R61)."""
+    """And only one is left."""
     barrier = threading.Barrier(16)
 
     def start():
@@ -130,7 +130,7 @@ def test_threads_that_start_at_once_get_the_same_client(clients, settings):
     ],
 )
 def test_another_configuration_under_a_taken_name_is_an_error(clients, settings, change, named):
-    """It names the settings, and the values of none (R61)."""
+    """It names the settings, and the values of none."""
     clients.start("fast", "openai/test", **settings)
     with pytest.raises(ValueError, match=f"with another {named}; ") as error:
         clients.start("fast", **{"model": "openai/test", **settings, **change})
@@ -139,7 +139,7 @@ def test_another_configuration_under_a_taken_name_is_an_error(clients, settings,
 
 
 def test_replacing_closes_the_one_before(clients, settings, provider):
-    """Its calls under way finish, and it takes no more (R61)."""
+    """Its calls under way finish, and it takes no more."""
     hold = Hold()
     provider.script(hold)
     before = clients.start("fast", "openai/test", **settings)
@@ -156,7 +156,7 @@ def test_replacing_closes_the_one_before(clients, settings, provider):
 
 
 def test_a_client_that_was_closed_makes_room(clients, settings):
-    """Starting it again gives one that works (R61)."""
+    """Starting it again gives one that works."""
     before = clients.start("fast", "openai/test", **settings)
     before.close()
     after = clients.start("fast", "openai/test", **settings)
@@ -165,14 +165,14 @@ def test_a_client_that_was_closed_makes_room(clients, settings):
 
 
 def test_a_failed_start_leaves_nothing(clients):
-    """The name stays free (R61)."""
+    """The name stays free."""
     with pytest.raises(TypeError, match="limits"):
         clients.start("fast", "openai/test", limits="many")
     assert not clients
 
 
 def test_a_stopped_client_is_gone(clients, settings):
-    """Its name is free, and it takes no more calls (R61)."""
+    """Its name is free, and it takes no more calls."""
     lm = clients.start("fast", "openai/test", **settings)
     clients.stop("fast")
     assert "fast" not in clients
@@ -184,7 +184,7 @@ def test_a_stopped_client_is_gone(clients, settings):
 
 
 def test_restart_reaches_the_client(clients, settings):
-    """By name (R60, R61)."""
+    """By name."""
     clients.start("fast", "openai/test", **settings)
     clients.restart("fast")
     assert clients.health()["fast"].restarts == 1
@@ -202,7 +202,7 @@ def aclose(clients):
 
 @pytest.mark.parametrize("shut", [close, aclose])
 def test_calls_may_finish_while_their_clients_are_closed(settings, provider, shut):
-    """Within the grace (R61)."""
+    """Within the grace."""
     hold = Hold()
     provider.always(hold)
     clients = Clients(grace=20)
@@ -223,7 +223,7 @@ def test_calls_may_finish_while_their_clients_are_closed(settings, provider, shu
 
 @pytest.mark.parametrize("shut", [close, aclose])
 def test_calls_that_take_too_long_are_ended(settings, provider, shut):
-    """A hung request, a wait for a place, a pause before a retry, a follower: all at once (R61)."""
+    """A hung request, a wait for a place, a pause before a retry, a follower: all at once."""
     provider.always(Hang())
     clients = Clients(grace=0.1)
     one = clients.start("one", "openai/one", limits=1, **settings | {"cache": True})
@@ -253,7 +253,7 @@ def test_calls_that_take_too_long_are_ended(settings, provider, shut):
 
 
 async def test_on_a_loop_the_other_tasks_finish(settings, provider):
-    """`async with` waits without blocking them (R61)."""
+    """`async with` waits without blocking them."""
     hold = Hold()
     provider.script(hold)
     async with Clients(grace=20) as clients:
@@ -265,7 +265,7 @@ async def test_on_a_loop_the_other_tasks_finish(settings, provider):
 
 
 async def test_closing_on_a_loop_does_not_block_it(settings, provider):
-    """The sync way cannot let its tasks finish, so it ends them; a cancelled task it is not (R61)."""
+    """The sync way cannot let its tasks finish, so it ends them; a cancelled task it is not."""
     provider.script(Hang())
     clients = Clients(grace=600)
     lm = clients.start("fast", "openai/test", **settings)
@@ -278,7 +278,7 @@ async def test_closing_on_a_loop_does_not_block_it(settings, provider):
 
 
 async def test_a_stream_is_ended_like_any_other_call(settings, provider):
-    """The consumer gets the error (R14, R61)."""
+    """The consumer gets the error."""
     provider.answer = dspy_answers(lambda question: "one two three")
     provider.always(Hang())
     clients = Clients(grace=0)
@@ -298,7 +298,7 @@ async def test_a_stream_is_ended_like_any_other_call(settings, provider):
 
 @pytest.mark.parametrize("shut", [close, aclose])
 def test_closing_is_idempotent_and_final(settings, shut):
-    """Nothing can be started afterwards, and nothing is there (R61)."""
+    """Nothing can be started afterwards, and nothing is there."""
     clients = Clients()
     clients.start("fast", "openai/test", **settings)
     for _ in range(2):
@@ -309,7 +309,7 @@ def test_closing_is_idempotent_and_final(settings, shut):
 
 
 def test_closing_leaves_connections_of_others_alone(settings, make):
-    """It closes what it has opened (R61, R62)."""
+    """It closes what it has opened."""
     other = make(cache=False)
     other("hello")
     with Clients() as clients:
@@ -320,7 +320,7 @@ def test_closing_leaves_connections_of_others_alone(settings, make):
 
 
 def test_stopping_one_lets_the_others_be(clients, settings):
-    """Each is a client of its own (R61, R62)."""
+    """Each is a client of its own."""
     for name in ("a", "b"):
         clients.start(name, "openai/test", **settings)
         clients.request(name, "hello")
@@ -329,7 +329,7 @@ def test_stopping_one_lets_the_others_be(clients, settings):
 
 
 def test_health_is_one_frozen_value_for_each_client(clients, settings, provider):
-    """What an operator wants to see at a glance, without a secret (R61)."""
+    """What an operator wants to see at a glance, without a secret."""
     hold = Hold()
     provider.script(hold)
     lm = clients.start("busy", "openai/test", limits=1, **settings)
@@ -386,7 +386,7 @@ def test_bad_input_is_refused_by_name(clients, settings, case):
 
 
 def test_closed_clients_are_collected(settings):
-    """Nothing global holds them (R61)."""
+    """Nothing global holds them."""
     clients = Clients()
     clients.start("fast", "openai/test", **settings)
     clients.request("fast", "hello")
@@ -399,7 +399,7 @@ def test_closed_clients_are_collected(settings):
 
 @pytest.mark.parametrize("grace", [0, 0.05])
 def test_an_lm_of_its_own_is_closed_with_a_grace_too(provider, make, grace):
-    """`ResilientLM.close(grace=...)` is what `Clients` uses (R61)."""
+    """`ResilientLM.close(grace=...)` is what `Clients` uses."""
     provider.always(Hang())
     lm = make(cache=False, deadline=600)
     with ThreadPoolExecutor(2) as pool:
@@ -423,7 +423,7 @@ def test_a_bad_grace_closes_nothing(make, ask, grace, error):
 
 
 def test_without_a_grace_calls_go_on(provider, make):
-    """Closing takes nothing away from them (R61)."""
+    """Closing takes nothing away from them."""
     hold = Hold()
     provider.script(hold)
     lm = make(cache=False)

@@ -82,7 +82,7 @@ def outcomes(results):
 
 @pytest.mark.parametrize("mode", ["500", "reset", "hang"])
 def test_outage_and_recovery(provider, make, ask, mode):
-    """Three requests find out, one probe per open time looks, two answers close it (R22 to R24)."""
+    """Three requests find out, one probe per open time looks, two answers close it."""
     lm = make(circuit=LASTING, num_retries=0, max_wait=0, timeout=0.3 if mode == "hang" else 30)
     provider.down(mode)
     for question in QUESTIONS[:3]:
@@ -108,7 +108,7 @@ def test_outage_and_recovery(provider, make, ask, mode):
 
 
 def test_refused_connections_are_an_outage_too(provider, make, ask_all):
-    """Nothing listens: twelve calls at once fail or are refused, and recover together (R22)."""
+    """Nothing listens: twelve calls at once fail or are refused, and recover together."""
     lm = make(circuit=LASTING, num_retries=0, max_wait=0)
     provider.down("refuse")
     assert set(outcomes(ask_all(lm, QUESTIONS))) <= {"CircuitOpenError", "LMServerError"}
@@ -121,7 +121,7 @@ def test_refused_connections_are_an_outage_too(provider, make, ask_all):
 
 
 def test_crowd_rides_out_an_outage(provider, make, ask_all):
-    """All of a crowd wait for the verdict of single probes, and are answered (R24, R27)."""
+    """All of a crowd wait for the verdict of single probes, and are answered."""
     lm = make(circuit=BRIEF, retry=AT_ONCE, max_wait=20)
     provider.script(*[Status(503)] * 5)
     assert outcomes(ask_all(lm, QUESTIONS)) == ["Paris"]
@@ -130,7 +130,7 @@ def test_crowd_rides_out_an_outage(provider, make, ask_all):
 
 @pytest.mark.parametrize("engine", ["litellm", "auto", "lm15"])
 def test_each_failure_of_a_crowd_counts_once(provider, make, ask_all, engine):
-    """Reported by LiteLLM, by the caller, or by both: one failed request is one failure (R30, M20)."""
+    """Reported by LiteLLM, by the caller, or by both: one failed request is one failure."""
     policy = CircuitPolicy(failure_threshold=100, min_calls=100)
     lm = make(engine=engine, circuit=policy, num_retries=0)
     provider.down("500")
@@ -139,7 +139,7 @@ def test_each_failure_of_a_crowd_counts_once(provider, make, ask_all, engine):
 
 
 def test_flapping_provider_answers_every_call(provider, make, ask):
-    """Two good answers, two failures, and so on: retries are enough, and are all it gets (R50)."""
+    """Two good answers, two failures, and so on: retries are enough, and are all it gets."""
     lm = make(circuit=BRIEF, retry=AT_ONCE)
     provider.script(*itertools.islice(itertools.cycle([None, None, Status(500), Status(502)]), 20))
     assert [ask(lm, question) for question in QUESTIONS] == [["Paris"]] * 12
@@ -148,7 +148,7 @@ def test_flapping_provider_answers_every_call(provider, make, ask):
 
 
 def test_slow_provider_is_left_alone(provider, make, ask):
-    """Answers that take too long open the circuit, if that was asked for (R22)."""
+    """Answers that take too long open the circuit, if that was asked for."""
     slow = CircuitPolicy(slow_call=0.3, slow_rate=0.8, min_calls=4, recovery_time=30.0)
     lm = make(circuit=slow, max_wait=0)
     provider.latency = 0.35
@@ -168,7 +168,7 @@ def test_slow_provider_is_left_alone(provider, make, ask):
     "headers", [{"Retry-After": "120"}, {"retry-after-ms": "120000"}], ids=["seconds", "ms"]
 )
 def test_outage_lasts_as_long_as_the_provider_says(provider, make, ask, headers):
-    """Its Retry-After, which DSPy does not pass on, is the least open time (R23, M19)."""
+    """Its Retry-After, which DSPy does not pass on, is the least open time."""
     lm = make(circuit=CircuitPolicy(failure_threshold=1, jitter=0.0), num_retries=0, max_wait=0)
     provider.script(Status(503, headers=headers))
     with pytest.raises(dspy.LMServerError):
@@ -205,7 +205,7 @@ async def test_impatience_of_a_task_is_not_held_against_the_provider(provider, m
 
 
 def test_forced_open_circuit_is_not_waited_for(provider, make, ask):
-    """Nobody can tell how long a person's hand will take, so patience is for circuits that reopen (R25, R27)."""
+    """Nobody can tell how long a person's hand will take, so patience is for circuits that reopen."""
     lm = make(max_wait=900)
     lm.circuit.force_open("maintenance")
     begun = time.monotonic()
@@ -220,7 +220,7 @@ def test_forced_open_circuit_is_not_waited_for(provider, make, ask):
 
 
 def test_forced_closed_circuit_lets_an_outage_through(provider, make, ask):
-    """Whatever comes back, until it is left to itself again (R25)."""
+    """Whatever comes back, until it is left to itself again."""
     lm = make(circuit=LASTING, num_retries=0, max_wait=0)
     lm.circuit.force_closed()
     provider.down("500")
@@ -237,7 +237,7 @@ def test_forced_closed_circuit_lets_an_outage_through(provider, make, ask):
 
 
 def test_observed_circuit_shows_an_outage_and_blocks_nobody(provider, make, ask):
-    """What it would have done can be read before it is let do it (R25)."""
+    """What it would have done can be read before it is let do it."""
     lm = make(circuit=dataclasses.replace(LASTING, mode="observe"), num_retries=0)
     provider.down("500")
     for question in QUESTIONS[:5]:
@@ -267,7 +267,7 @@ def test_observed_circuit_shows_an_outage_and_blocks_nobody(provider, make, ask)
     ids=["seconds", "milliseconds", "reset", "date", "none", "nonsense", "negative", "nan"],
 )
 def test_429_is_waited_out(provider, make, ask, fault, least):
-    """One request earns the 429, one the answer; no attempt is used up, nothing opens (R28)."""
+    """One request earns the 429, one the answer; no attempt is used up, nothing opens."""
     lm = make(num_retries=0, circuit=CircuitPolicy(failure_threshold=1))
     provider.script(fault() if callable(fault) else fault)
     begun = time.monotonic()
@@ -278,7 +278,7 @@ def test_429_is_waited_out(provider, make, ask, fault, least):
 
 
 def test_pause_of_an_hour_is_told_at_once(provider, make, ask_all):
-    """Of a crowd only those under way get the 429; nobody waits, all learn how long (R28)."""
+    """Of a crowd only those under way get the 429; nobody waits, all learn how long."""
     lm = make()
     provider.always(rate_limited("3600"))
     begun = time.monotonic()
@@ -313,7 +313,7 @@ PLAIN = CROWD[: int(os.environ.get("DRILL_PLAIN", "120"))]  # all, by hand: 400
 
 
 def test_crowd_shares_a_rate_limit():
-    """400 calls on 32 threads, 60 in a time: all answered, and few requests wasted (R28)."""
+    """400 calls on 32 threads, 60 in a time: all answered, and few requests wasted."""
     from dspy_resilient import ResilientLM
 
     with Limited(60, 0.5) as provider:
@@ -397,7 +397,7 @@ def test_plain_lm_wastes_requests_of_the_same_crowd(monkeypatch):
 
 
 def test_revoked_key_is_tried_three_times(provider, make, ask):
-    """Then nothing more is sent with it, and other keys are none the worse (R26)."""
+    """Then nothing more is sent with it, and other keys are none the worse."""
     lm = make(max_wait=0)
     provider.always(Status(401))
     for question in QUESTIONS[:3]:
@@ -414,7 +414,7 @@ def test_revoked_key_is_tried_three_times(provider, make, ask):
 
 @pytest.mark.parametrize("code", [402, 429, 400])
 def test_empty_account_is_found_out_once(provider, make, ask, code):
-    """One request, whatever status the provider says it with; other keys go on (R26)."""
+    """One request, whatever status the provider says it with; other keys go on."""
     lm = make(max_wait=0)
     provider.always(quota_exceeded(code))
     with pytest.raises(dspy.LMError):
@@ -432,7 +432,7 @@ def test_empty_account_is_found_out_once(provider, make, ask, code):
 
 
 def test_pause_asked_of_one_key_is_not_asked_of_another(provider, make, ask):
-    """One tenant's quota never stops another (R26)."""
+    """One tenant's quota never stops another."""
     lm = make()
     provider.script(rate_limited("3600"))
     with pytest.raises(dspy.LMRateLimitError):
@@ -444,7 +444,7 @@ def test_pause_asked_of_one_key_is_not_asked_of_another(provider, make, ask):
 
 
 def test_outage_met_with_one_key_is_an_outage_for_all(provider, make, ask):
-    """The endpoint is down, whoever asks (R26)."""
+    """The endpoint is down, whoever asks."""
     lm = make(circuit=LASTING, num_retries=0, max_wait=0)
     provider.down("500")
     for question in QUESTIONS[:3]:
@@ -457,7 +457,7 @@ def test_outage_met_with_one_key_is_an_outage_for_all(provider, make, ask):
 
 @pytest.mark.parametrize("other", [{"model": "openai/other"}, {"model_type": "text"}], ids=str)
 def test_another_model_or_kind_of_call_has_a_circuit_of_its_own(provider, make, ask, other):
-    """What one model cannot do, another of the same provider may (R26)."""
+    """What one model cannot do, another of the same provider may."""
     lm = make(circuit=LASTING, num_retries=0, max_wait=0)
     copy = lm.copy(**other)
     provider.down("500")
@@ -471,7 +471,7 @@ def test_another_model_or_kind_of_call_has_a_circuit_of_its_own(provider, make, 
 
 
 def test_endpoint_of_one_call_has_a_circuit_of_its_own(provider, make, ask):
-    """What happens at another endpoint says nothing about the client's own (R26)."""
+    """What happens at another endpoint says nothing about the client's own."""
     with Provider() as other:
         other.down("500")
         lm = make(circuit=LASTING, num_retries=0, max_wait=0)
@@ -486,7 +486,7 @@ def test_endpoint_of_one_call_has_a_circuit_of_its_own(provider, make, ask):
 
 
 def test_clients_may_share_a_circuit_on_purpose(provider, make, ask):
-    """One `CircuitBreaker` object given to two clients is one circuit (R26)."""
+    """One `CircuitBreaker` object given to two clients is one circuit."""
     shared = CircuitBreaker(LASTING)
     one, two = (make(circuit=shared, num_retries=0, max_wait=0) for _ in range(2))
     provider.down("500")
@@ -499,7 +499,7 @@ def test_clients_may_share_a_circuit_on_purpose(provider, make, ask):
 
 
 def test_credentials_of_calls_are_kept_in_bounds(make):
-    """A server with a key per user keeps the state of those seen last (R26)."""
+    """A server with a key per user keeps the state of those seen last."""
     lm = make()
     routes = lm._runtime.routes
     first = routes.find(lm, {"api_key": "user 0"})
@@ -512,7 +512,7 @@ def test_credentials_of_calls_are_kept_in_bounds(make):
 
 
 def test_probe_may_take_as_long_as_the_clients_timeout(provider, make):
-    """A slow model's probe keeps its place beyond `probe_lease` (R24)."""
+    """A slow model's probe keeps its place beyond `probe_lease`."""
     lm = make(circuit=CircuitPolicy(probe_lease=0.1), timeout=200, max_wait=0)
     hold = Hold()
     provider.script(hold)
@@ -533,7 +533,7 @@ def test_probe_may_take_as_long_as_the_clients_timeout(provider, make):
 
 @pytest.mark.parametrize("how", ["close", "reset"])
 def test_cut_answer_is_asked_for_again(provider, make, ask, how):
-    """Half a body is a failure of the provider, and nobody sees it (R22)."""
+    """Half a body is a failure of the provider, and nobody sees it."""
     lm = make(retry=AT_ONCE, circuit=CircuitPolicy(failure_threshold=2, recovery_time=0.1))
     provider.answer = "Paris is the capital of France"
     provider.script(CutStream(how=how), CutStream(how=how))
@@ -543,7 +543,7 @@ def test_cut_answer_is_asked_for_again(provider, make, ask, how):
 
 
 def test_stalled_answer_is_asked_for_again(provider, make, ask):
-    """A body that stops half-way runs into the client's timeout, and counts (R22)."""
+    """A body that stops half-way runs into the client's timeout, and counts."""
     lm = make(retry=AT_ONCE, timeout=0.3, circuit=CircuitPolicy(failure_threshold=1))
     provider.script(StallStream())
     lm.max_wait = 0

@@ -1,4 +1,4 @@
-"""Fallbacks kept for what a model refuses, and what a fallback takes away (R52)."""
+"""Fallbacks kept for what a model refuses, and what a fallback takes away."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_one_list_may_lead_to_the_other_but_each_is_asked_once(provider, make, a
 def test_an_answer_that_a_filter_holds_back_is_asked_for_elsewhere(
     provider, second, other, make, ask
 ):
-    """A filtered answer is no refusal, but nobody can use it (R52)."""
+    """A filtered answer is no refusal, but nobody can use it."""
     lm = make(policy_fallbacks=["openai/b", other()])
     provider.always(Filtered())
     assert ask(lm, "q") == ["Lyon"]
@@ -146,7 +146,7 @@ def test_a_filtered_answer_stays_the_answer_if_nobody_does_better(provider, make
 
 
 def test_a_hit_of_a_fallback_is_served_and_recorded_as_one(provider, second, other, make, ask):
-    """Before an attempt on a fallback its own key is looked up (R11); history says so (R43)."""
+    """Before an attempt on a fallback its own key is looked up; history says so."""
     lm = make(context_window_fallbacks=[other()])
     provider.always(context_too_long())
     ask(lm, "q")
@@ -169,7 +169,7 @@ def test_a_fallback_refuses_what_its_own_circuit_refuses(provider, second, other
 
 
 def test_a_deadline_covers_the_lists_too(provider, second, other, make, ask):
-    """What led there is raised when the time is up (R50, R52)."""
+    """What led there is raised when the time is up."""
     lm = make(context_window_fallbacks=[other(), "openai/never"], deadline=0.4)
     provider.script(context_too_long())
     second.always(Hang())
@@ -180,7 +180,7 @@ def test_a_deadline_covers_the_lists_too(provider, second, other, make, ask):
 
 
 def test_a_copy_brings_its_settings_to_the_lists(provider, second, other, make, ask):
-    """As to every target (R6); history is the copy's own."""
+    """As to every target; history is the copy's own."""
     lm = make(context_window_fallbacks=[other(), "openai/b"]).copy(temperature=0.25)
     provider.script(context_too_long())
     second.always(context_too_long())
@@ -191,7 +191,7 @@ def test_a_copy_brings_its_settings_to_the_lists(provider, second, other, make, 
 
 
 def test_a_client_in_a_list_lends_its_fallbacks(provider, second, other, make, ask):
-    """Flattened, as in `fallbacks` (R52)."""
+    """Flattened, as in `fallbacks`."""
     inner = ResilientLM("openai/inner", fallbacks=[other()], api_base=provider.api_base)
     lm = make(context_window_fallbacks=[inner], num_retries=0)
     provider.script(context_too_long(), Status(500))
@@ -200,7 +200,7 @@ def test_a_client_in_a_list_lends_its_fallbacks(provider, second, other, make, a
 
 
 def test_a_client_that_answers_for_another_keeps_no_history_of_it(provider, make, ask):
-    """The entry is where the call was made (R52), whichever list led there."""
+    """The entry is where the call was made, whichever list led there."""
     lent = [ResilientLM(f"openai/{n}", api_base=provider.api_base, api_key="k") for n in "bc"]
     lm = make(fallbacks=[lent[0]], context_window_fallbacks=[lent[1]], num_retries=0)
     provider.script(Status(500), None, context_too_long())
@@ -211,7 +211,7 @@ def test_a_client_that_answers_for_another_keeps_no_history_of_it(provider, make
 
 
 def test_react_still_shortens_its_trajectory(provider, make):
-    """ReAct catches ContextWindowExceededError and tries again with less (R52)."""
+    """ReAct catches ContextWindowExceededError and tries again with less."""
     fields = ["next_thought", "next_tool_name", "next_tool_args", "reasoning", "answer"]
     values = ["think", "look", '{"query": "x"}', "because", "Paris"]
     provider.answer = "\n".join(
@@ -232,7 +232,7 @@ def test_react_still_shortens_its_trajectory(provider, make):
 
 
 async def test_a_stream_asks_the_list_before_its_first_chunk(provider, second, other, make):
-    """Nothing was shown yet (R14)."""
+    """Nothing was shown yet."""
     second.answer = "[[ ## answer ## ]]\none two three\n\n[[ ## completed ## ]]"
     lm = make(context_window_fallbacks=[other()])
     provider.script(context_too_long())
@@ -244,7 +244,7 @@ async def test_a_stream_asks_the_list_before_its_first_chunk(provider, second, o
 
 
 async def test_identical_calls_share_what_the_list_answers(provider, second, other, make):
-    """Followers get the answer of whoever gave it (R44)."""
+    """Followers get the answer of whoever gave it."""
     lm = make(context_window_fallbacks=[other()])
     provider.always(context_too_long())
     answers = await asyncio.gather(*(lm.acall("q") for _ in range(8)))
@@ -261,7 +261,7 @@ CAPABILITIES = {
 
 @pytest.mark.parametrize("name", CAPABILITIES)
 def test_what_a_fallback_cannot_do_is_not_used_and_logged_once(name, caplog):
-    """Capabilities are the intersection, whatever is asked when (R52)."""
+    """Capabilities are the intersection, whatever is asked when."""
     able, unable = "openai/gpt-5", CAPABILITIES[name]
     assert getattr(ResilientLM(able, fallbacks=["openai/o3"]), name) is True
     assert not caplog.records
@@ -275,6 +275,6 @@ def test_what_a_fallback_cannot_do_is_not_used_and_logged_once(name, caplog):
 
 
 def test_special_lists_take_no_capability_away():
-    """They answer what nobody else would (R52)."""
+    """They answer what nobody else would."""
     lm = ResilientLM("openai/gpt-5", context_window_fallbacks=["openai/gpt-3.5-turbo"])
     assert lm.supports_response_schema is True

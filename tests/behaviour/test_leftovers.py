@@ -20,20 +20,20 @@ from dspy_resilient.testing import Hold, Status, rate_limited
 
 def left_behind(lm):
     """Return what somebody would have to give back: attempts and queues, waiters, flights."""
-    found = {"flights": len(lm._runtime.flights), "calls": len(lm._runtime.under_way)}
+    found = {"flights": len(lm._runtime.flights), "calls": len(lm._runtime.in_flight)}
     for route in lm._runtime.all_routes():
         queues = [route.gate, *filter(None, (route.circuit, route.access))]
         if route.limiter is not None:
             found["attempts"] = route.limiter.in_use
             found["queued"] = route.limiter.queued
-        found["places"] = sum(len(each._places._leases) for each in queues)
-        found["waiters"] = sum(each._signals.waiting for each in queues)
+        found["places"] = sum(len(each._leases._leases) for each in queues)
+        found["waiters"] = sum(each._notifier.waiting for each in queues)
     return {what: count for what, count in found.items() if count}
 
 
 @pytest.mark.parametrize(("status", "error"), [(401, dspy.LMAuthError), (402, dspy.LMBillingError)])
 def test_a_crowd_whose_credential_is_refused_gives_all_places_back(provider, make, status, error):
-    """Those still under way when the credential's circuit opens change nothing about it (R21)."""
+    """Those still under way when the credential's circuit opens change nothing about it."""
     lm = make(limits=6, cache=False, max_wait=0)
     hold = Hold(then=Status(status))
     provider.script(*[hold] * 6)
@@ -93,7 +93,7 @@ class Interrupt:
 
 @pytest.mark.parametrize("faults", [(), (Status(500),), (rate_limited(0.01),)], ids=str)
 def test_ctrl_c_wherever_it_strikes_a_call_leaves_nothing(provider, make, faults):
-    """Also where it does not hit a wait, and while its traceback is kept, as notebooks do (R12)."""
+    """Also where it does not hit a wait, and while its traceback is kept, as notebooks do."""
     context = contextvars.copy_context()  # what an interrupt leaves in it is not for other tests
     gc.disable()  # an interrupted finalizer is only warned of
     try:

@@ -1,4 +1,4 @@
-"""`CircuitPolicy(listen="provider")`: what others hear of a provider, its circuit learns (R31)."""
+"""`CircuitPolicy(listen="provider")`: what others hear of a provider, its circuit learns."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def attempt(provider, driver):
 @pytest.mark.parametrize("driver", ["sync", "async"])
 @pytest.mark.parametrize("call", [raw, embed, attempt])
 def test_a_listening_circuit_opens_for_failures_of_others(provider, listening, deaf, call, driver):
-    """And one that does not listen stays closed: isolation is the default (R31, R62)."""
+    """And one that does not listen stays closed: isolation is the default."""
     provider.always(Status(500))
     for failures in range(3):
         assert listening.circuit.failure_count == failures
@@ -74,7 +74,7 @@ def test_a_listening_circuit_opens_for_failures_of_others(provider, listening, d
 
 
 def test_its_own_failures_count_once(provider, listening, ask):
-    """It does not listen to itself (R31)."""
+    """It does not listen to itself."""
     provider.always(Status(500))
     with pytest.raises(dspy.LMServerError):
         ask(listening, "?", num_retries=0)
@@ -82,7 +82,7 @@ def test_its_own_failures_count_once(provider, listening, ask):
 
 
 def test_what_does_not_count_for_its_own_calls_does_not_count_for_others(provider, listening):
-    """A 429 or a bad request is no outage (R31)."""
+    """A 429 or a bad request is no outage."""
     for fault in (rate_limited(), Status(400), Status(401)):
         provider.always(fault)
         for _ in range(3):
@@ -93,7 +93,7 @@ def test_what_does_not_count_for_its_own_calls_does_not_count_for_others(provide
 
 
 def test_another_endpoint_is_another_matter(listening):
-    """The same provider elsewhere says nothing about this one (R31)."""
+    """The same provider elsewhere says nothing about this one."""
     with Provider(faults=[Status(500)] * 3) as elsewhere:
         for _ in range(3):
             with pytest.raises(litellm.InternalServerError):
@@ -102,7 +102,7 @@ def test_another_endpoint_is_another_matter(listening):
 
 
 def test_a_client_of_the_provider_itself_does_not_hear_of_local_servers(provider, monkeypatch):
-    """They speak OpenAI's language, and LiteLLM calls them by its name (R31, R62)."""
+    """They speak OpenAI's language, and LiteLLM calls them by its name."""
     monkeypatch.delenv("OPENAI_API_BASE", raising=False)
     lm = ResilientLM("openai/test", api_key=KEY, circuit=CircuitPolicy(listen="provider"))
     provider.always(Status(500))
@@ -112,7 +112,7 @@ def test_a_client_of_the_provider_itself_does_not_hear_of_local_servers(provider
 
 
 def test_the_success_of_others_is_heard_too(provider, listening):
-    """Late, as LiteLLM reports it: failures in a row are in a row no more (R31)."""
+    """Late, as LiteLLM reports it: failures in a row are in a row no more."""
     provider.script(Status(500), Status(500))
     for _ in range(2):
         with pytest.raises(litellm.InternalServerError):
@@ -126,7 +126,7 @@ def test_the_success_of_others_is_heard_too(provider, listening):
 
 
 def test_copies_hear_once(provider, listening):
-    """They are the same client (R6, R31)."""
+    """They are the same client."""
     copies = [listening.copy(temperature=0.5), listening.copy()]
     provider.always(Status(500))
     with pytest.raises(litellm.InternalServerError):

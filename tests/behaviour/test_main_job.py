@@ -76,14 +76,14 @@ def test_fair_weather(provider, make, plain):
 
 
 def test_single_errors(provider, make):
-    """One request in six fails in one way or another (R50)."""
+    """One request in six fails in one way or another."""
     faults = itertools.cycle([Status(500), Status(503), Status(502)])
     provider.script(*(next(faults) if number % 6 == 5 else None for number in range(300)))
     assert evaluate(make()) == SCORE
 
 
 def test_429s(provider, make):
-    """Some requests are throttled, with a hint and without (R28)."""
+    """Some requests are throttled, with a hint and without."""
     odds = random.Random(8)
     hints = [rate_limited("0.2"), rate_limited("0")]
     provider.script(*(odds.choice(hints) if odds.random() < 0.05 else None for _ in range(300)))
@@ -98,7 +98,7 @@ def test_429s(provider, make):
     else [(0.6, "500"), (2.0, "refuse"), (4.0, "500")],
 )
 def test_blips(provider, make, mode, seconds):
-    """The provider is gone for a while in the middle of the run; the defaults ride it out (R27)."""
+    """The provider is gone for a while in the middle of the run; the defaults ride it out."""
     lm = make()
 
     weather = threading.Thread(target=blip, args=(provider, 40, mode, seconds))
@@ -111,7 +111,7 @@ def test_blips(provider, make, mode, seconds):
 
 @pytest.mark.parametrize("mode", ["refuse", "500"])
 def test_outage_with_patience(provider, make, mode):
-    """With a large `max_wait` a run through an outage ends like one without (R27)."""
+    """With a large `max_wait` a run through an outage ends like one without."""
     brisk = CircuitPolicy(recovery_time=0.1, max_recovery_time=0.8)
     lm = make(circuit=True if LONG else brisk, max_wait=900)
     weather = threading.Thread(target=blip, args=(provider, 40, mode, 30.0 if LONG else 2.0))
@@ -124,7 +124,7 @@ def test_outage_with_patience(provider, make, mode):
 
 
 def test_outage_without_patience(provider, make, told):
-    """With `max_wait=0` the run ends at once, having asked little, and says why (R27)."""
+    """With `max_wait=0` the run ends at once, having asked little, and says why."""
     lm = make(max_wait=0, num_retries=0)
     provider.down("500")
     begun = time.monotonic()
@@ -189,7 +189,7 @@ def gepa(lm):
 @pytest.mark.parametrize("optimize", [bootstrap, mipro, gepa])
 @pytest.mark.parametrize("seconds", [0.6, 2.0, 4.0] if LONG else [0.6])
 def test_optimizer_rides_out_a_blip(provider, make, plain, optimize, seconds):
-    """Demos, instructions and scores are those of plain dspy.LM in fair weather (R27)."""
+    """Demos, instructions and scores are those of plain dspy.LM in fair weather."""
     with dspy.context(lm=(other := plain(cache=False))):
         expected = optimize(other)
     provider.clear()
@@ -206,7 +206,7 @@ def test_optimizer_rides_out_a_blip(provider, make, plain, optimize, seconds):
 
 @pytest.mark.parametrize("optimize", [bootstrap, mipro, gepa])
 def test_optimizer_without_patience(provider, make, told, optimize):
-    """In an outage, `max_wait=0` brings it to an end, or to its senses, at once (R27)."""
+    """In an outage, `max_wait=0` brings it to an end, or to its senses, at once."""
     lm = make(max_wait=0, num_retries=0)
     provider.down("500")
     while lm.circuit.state == "closed":

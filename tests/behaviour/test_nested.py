@@ -28,7 +28,7 @@ class Relay(dspy.BaseLM):
 
 @pytest.mark.parametrize("circuit", [True, False])
 def test_an_open_circuit_further_inside_is_not_waited_for(provider, make, ask, circuit):
-    """Whoever asks has no say in it: the refusal leads on, and is not asked for again (R27)."""
+    """Whoever asks has no say in it: the refusal leads on, and is not asked for again."""
     inner = make("openai/inner", max_wait=0)
     inner.circuit.force_open(seconds=60)
     relay = Relay(inner)

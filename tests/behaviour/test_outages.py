@@ -79,7 +79,7 @@ def leftovers(lm):
         parts = {"gate": route.gate, "circuit": route.circuit}
         for name, part in parts.items():
             if part is not None:
-                held[name, route.label] = part._places.taken(math.inf) + part._signals.waiting
+                held[name, route.label] = part._leases.taken(math.inf) + part._notifier.waiting
         if route.limiter is not None:
             held["limits", route.label] = route.limiter.in_use + route.limiter.queued
     return {name: count for name, count in held.items() if count}
@@ -90,7 +90,7 @@ def leftovers(lm):
 
 @pytest.mark.parametrize("mode", ["refuse", "reset", "500", "hang"])
 def test_the_outage_of_one_is_not_the_callers(chain, ask, mode):
-    """Whatever an outage looks like, the next target answers (R52)."""
+    """Whatever an outage looks like, the next target answers."""
     first, _, third = chain.providers
     lm = chain(timeout=0.4 if mode == "hang" else 20)
     first.down(mode)
@@ -116,7 +116,7 @@ def test_the_outage_of_two_neither(chain, ask):
 
 
 def test_the_outage_of_all_is_told_target_by_target(chain, ask):
-    """One error per target, and every attempt with how it ended (R52)."""
+    """One error per target, and every attempt with how it ended."""
     for each, mode in zip(chain.providers, ["500", "reset", "500"], strict=True):
         each.down(mode)
     lm = chain(num_retries=1, retry=RetryPolicy(max_attempts=2, base=0.0))
@@ -130,7 +130,7 @@ def test_the_outage_of_all_is_told_target_by_target(chain, ask):
 
 
 def test_the_primary_answers_again_once_it_has_recovered(chain, ask):
-    """Nobody has to tell the client; events tell the story (R24, R70)."""
+    """Nobody has to tell the client; events tell the story."""
     events = []
     lm = chain(circuit=SOON, cache=False, on_event=events.append)
     first, *_ = chain.providers
@@ -147,7 +147,7 @@ def test_the_primary_answers_again_once_it_has_recovered(chain, ask):
 
 
 def test_usage_and_cost_are_those_of_whoever_answered(chain, ask):
-    """An honest bill (R52)."""
+    """An honest bill."""
     first, *_ = chain.providers
     lm = chain()
     first.down("500")
@@ -160,7 +160,7 @@ def test_usage_and_cost_are_those_of_whoever_answered(chain, ask):
 
 
 def test_the_price_is_that_of_the_model_that_answered(provider, make, plain, ask):
-    """Not that of the one that was asked first (R52)."""
+    """Not that of the one that was asked first."""
     cheap = plain("openai/gpt-4o-mini", cache=False)
     cheap("q")
     lm = make("openai/gpt-4o", fallbacks=["openai/gpt-4o-mini"], num_retries=0)
@@ -228,7 +228,7 @@ def opened(chain):
 
 
 def test_with_every_circuit_open_one_early_probe_looks(chain, opened, ask):
-    """At most one per recovery_time, at the target that reopens soonest (R52)."""
+    """At most one per recovery_time, at the target that reopens soonest."""
     lm, clock, circuits = opened
     second = chain.providers[1]
     second.down("500")
@@ -253,7 +253,7 @@ def test_with_every_circuit_open_one_early_probe_looks(chain, opened, ask):
 
 
 def test_a_crowd_sends_one_early_probe(chain, opened, all_at_once):
-    """30 callers, three open circuits, one request: nobody else is let through with it (R52)."""
+    """30 callers, three open circuits, one request: nobody else is let through with it."""
     lm, clock, _ = opened
     clock.advance(FRAGILE.recovery_time)
     hold, results = Hold(), []
@@ -272,7 +272,7 @@ def test_a_crowd_sends_one_early_probe(chain, opened, all_at_once):
 
 
 def test_a_client_without_fallbacks_is_never_early(provider, make, ask):
-    """There is nobody else to leave it alone for: an open circuit refuses (R27)."""
+    """There is nobody else to leave it alone for: an open circuit refuses."""
     clock = Clock(1000.0)
     lm = make(circuit=CircuitBreaker(FRAGILE, clock=clock), max_wait=0)
     lm.circuit.trip(retry_after=60)
@@ -286,7 +286,7 @@ def test_a_client_without_fallbacks_is_never_early(provider, make, ask):
 
 
 def test_a_name_of_the_same_provider_brings_the_connection_along(provider, make, ask):
-    """Key, base and headers as one unit; settings as well (R52)."""
+    """Key, base and headers as one unit; settings as well."""
     lm = make(
         fallbacks=["openai/second"],
         num_retries=0,
@@ -303,7 +303,7 @@ def test_a_name_of_the_same_provider_brings_the_connection_along(provider, make,
 
 
 def test_a_name_of_another_provider_brings_settings_only(provider, make, ask, monkeypatch):
-    """No key, base or header of one provider ever reaches another (R52)."""
+    """No key, base or header of one provider ever reaches another."""
     with Provider("Lyon") as other:
         monkeypatch.setenv("GROQ_API_BASE", other.base("groq"))
         monkeypatch.setenv("GROQ_API_KEY", "groqs-own")
@@ -325,7 +325,7 @@ def test_a_name_of_another_provider_brings_settings_only(provider, make, ask, mo
 
 
 def test_a_pause_that_fits_is_waited_for_and_one_that_does_not_leads_on(chain, ask):
-    """The primary is well: it only asks for a pause (R28)."""
+    """The primary is well: it only asks for a pause."""
     lm = chain(deadline=30.0, cache=False)
     first, *_ = chain.providers
     first.script(rate_limited("0.2"))
@@ -342,7 +342,7 @@ def test_a_pause_that_fits_is_waited_for_and_one_that_does_not_leads_on(chain, a
 
 
 def test_throttled_everywhere_says_when_to_come_back(chain, ask):
-    """Within a second, with the hint as it came (R28)."""
+    """Within a second, with the hint as it came."""
     for each, hint in zip(chain.providers, ["3600", "1800", "7200"], strict=True):
         each.always(rate_limited(hint))
     lm = chain(deadline=30.0)
@@ -356,7 +356,7 @@ def test_throttled_everywhere_says_when_to_come_back(chain, ask):
 
 
 def test_who_queues_for_a_place_obeys_a_gate_that_closes_meanwhile(provider, make):
-    """The gate is asked again after the queue (R11, R28)."""
+    """The gate is asked again after the queue."""
     lm = make(limits=1, cache=False)
     lm("warm")
     provider.clear()
@@ -377,7 +377,7 @@ def test_who_queues_for_a_place_obeys_a_gate_that_closes_meanwhile(provider, mak
 
 
 def test_a_full_bulkhead_leads_on_and_is_refused_without_a_fallback(chain, ask):
-    """No queue, no wait: the next target, or LimitExceededError (R52, R53)."""
+    """No queue, no wait: the next target, or LimitExceededError."""
     first, *_ = chain.providers
     full = LimitPolicy(max_concurrent=1, max_queue=0)
     for options, expected in (({}, ["Lyon"]), ({"fallbacks": ()}, LimitExceededError)):
@@ -398,7 +398,7 @@ def test_a_full_bulkhead_leads_on_and_is_refused_without_a_fallback(chain, ask):
 
 
 def test_one_place_makes_a_client_strictly_serial(provider, make):
-    """max_concurrent=1, whoever calls: threads and two loops at once (R53)."""
+    """max_concurrent=1, whoever calls: threads and two loops at once."""
     lm = make(limits=1, cache=False)
     lm("warm")
     provider.latency = 0.02
@@ -420,7 +420,7 @@ def test_one_place_makes_a_client_strictly_serial(provider, make):
 
 
 def test_tokens_are_reserved_by_estimate_and_reconciled_with_usage(provider, make, ask):
-    """A bad guess costs its caller nothing once the answer is there (R53)."""
+    """A bad guess costs its caller nothing once the answer is there."""
     lm = make(limits=LimitPolicy(tpm=6000), max_tokens=400, cache=False, deadline=1.0)
     limiter = lm._runtime.routes.find(lm, {}).limiter
     for number in range(8):  # 500 tokens at once: one estimate fits, the second would wait
@@ -444,7 +444,7 @@ def test_tokens_are_reserved_by_estimate_and_reconciled_with_usage(provider, mak
 
 
 def test_an_adaptive_limit_follows_what_the_provider_says(provider, make, ask):
-    """Halved on a 429, raised by one per limit-full of clean answers (R53)."""
+    """Halved on a 429, raised by one per limit-full of clean answers."""
     lm = make(limits=LimitPolicy(max_concurrent=4, adaptive=True), cache=False)
     limiter = lm._runtime.routes.find(lm, {}).limiter
     provider.script(rate_limited("0.05"))
@@ -462,7 +462,7 @@ WAITS = ["circuit", "gate", "backoff", "rate", "hint"]
 @pytest.mark.parametrize("wait", WAITS)
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "with a fallback"])
 def test_a_wait_that_would_overrun_the_deadline_is_not_begun(chain, ask, wait, alone):
-    """Answered by the fallback, or refused, within a second, and told when to come back (R50)."""
+    """Answered by the fallback, or refused, within a second, and told when to come back."""
     first, *_ = chain.providers
     options = {
         "circuit": {"circuit": FRAGILE},
@@ -499,7 +499,7 @@ def test_a_wait_that_would_overrun_the_deadline_is_not_begun(chain, ask, wait, a
 
 
 def test_a_hanging_primary_costs_its_timeout_and_the_fallback_gets_the_rest(chain, ask):
-    """An attempt gets at most what is left of the deadline (R54)."""
+    """An attempt gets at most what is left of the deadline."""
     first, *_ = chain.providers
     first.always(Hang())
     lm = chain(deadline=20.0, timeout=0.3, cache=False)
@@ -513,7 +513,7 @@ def test_a_hanging_primary_costs_its_timeout_and_the_fallback_gets_the_rest(chai
 
 
 def test_a_deadline_covers_the_queue_for_a_place(chain, ask):
-    """Whoever waits for a place gives up in time, and leaves no trace (R50, R53)."""
+    """Whoever waits for a place gives up in time, and leaves no trace."""
     first, *_ = chain.providers
     lm = chain(limits=1, deadline=0.4, cache=False, fallbacks=())
     lm_patient = lm.copy(deadline=20.0)
@@ -588,10 +588,10 @@ def wait_until(claim):
 def is_stalled(lm, provider, stage):
     route = lm._runtime.routes.find(lm, {})
     return {
-        "gate": lambda: route.gate._signals.waiting,
+        "gate": lambda: route.gate._notifier.waiting,
         "queue": lambda: route.limiter.queued,
         "rate": lambda: route.limiter.queued,
-        "circuit": lambda: route.circuit._signals.waiting,
+        "circuit": lambda: route.circuit._notifier.waiting,
         "backoff": lambda: lm.stats().retries,
         "attempt": lambda: provider.count,
         "flight": lambda: any(f.waiters for f in list(lm._runtime.flights._flights.values())),
@@ -617,7 +617,7 @@ async def timers(monkeypatch):
 async def test_a_task_cancelled_at_any_stage_leaves_nothing_behind(
     provider, stalled, timers, stage
 ):
-    """Neutral, and everything given back at once, timers included (R21)."""
+    """Neutral, and everything given back at once, timers included."""
     lm, resume = stalled(stage)
     before = provider.count
     task = asyncio.create_task(lm.acall("q"))
@@ -636,7 +636,7 @@ async def test_a_task_cancelled_at_any_stage_leaves_nothing_behind(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_thread_interrupted_at_any_stage_leaves_nothing_behind(provider, stalled, stage):
-    """Ctrl-C is a cancellation like any other (R21)."""
+    """Ctrl-C is a cancellation like any other."""
     lm, resume = stalled(stage)
 
     def interrupt():

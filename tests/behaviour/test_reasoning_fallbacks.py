@@ -1,4 +1,4 @@
-"""Settings made for one model and a fallback that does not take them (R52)."""
+"""Settings made for one model and a fallback that does not take them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dspy
 import pytest
 from dspy.lm15 import Config, Message, Request
 
-from dspy_resilient.reasoning import fit, fit_config, is_reasoning
+from dspy_resilient.targets.reasoning_models import fit, fit_config, is_reasoning
 from dspy_resilient.testing import Status
 
 REASONING = ["openai/o1", "openai/o3-mini", "openai/gpt-5", "openai/gpt-5-mini", "azure/gpt-5.1"]
@@ -93,7 +93,7 @@ def test_the_other_way_round_the_setting_keeps_its_meaning(provider, make, ask):
 
 
 def test_a_copys_setting_is_fitted_as_a_calls_is(provider, make, ask):
-    """Optimizers set temperatures on copies (R6)."""
+    """Optimizers set temperatures on copies."""
     gpt5 = dspy.LM("openai/gpt-5", engine="litellm", api_base=provider.api_base, api_key="k")
     lm = make("openai/gpt-4o-mini", fallbacks=[gpt5, "openai/o3-mini"], num_retries=0)
     provider.script(Status(500), Status(500))

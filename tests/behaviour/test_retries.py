@@ -1,4 +1,4 @@
-"""How patiently a failed attempt is repeated, in virtual time (R50, R51)."""
+"""How patiently a failed attempt is repeated, in virtual time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def retries_of(drill_with):
     ],
 )
 def test_the_longest_waits_double_up_to_the_cap(policy, longest):
-    """The n-th wait is drawn from 0 to min(cap, base * 2**n) (R50)."""
+    """The n-th wait is drawn from 0 to min(cap, base * 2**n)."""
 
     def drill(note):
         made = Drill(down(server_error, ALWAYS), retry=policy, on_event=note, **NO_CIRCUIT)
@@ -51,7 +51,7 @@ def test_the_longest_waits_double_up_to_the_cap(policy, longest):
 
 
 def test_waits_are_drawn_evenly_from_nothing_to_the_longest():
-    """Full jitter: no two callers in step, and half the longest on average (R50)."""
+    """Full jitter: no two callers in step, and half the longest on average."""
     retry = RetryPolicy(base=4.0, max_attempts=2, budget=100_000)
 
     def drill(note):
@@ -65,7 +65,7 @@ def test_waits_are_drawn_evenly_from_nothing_to_the_longest():
 
 
 def test_the_budget_ends_retries_and_answers_pay_for_new_ones():
-    """500 tokens, 14 for a retry, 1 for an answer that needed none (R50)."""
+    """500 tokens, 14 for a retry, 1 for an answer that needed none."""
     drill = Drill(down(server_error, (0.0, 1000.0)), max_wait=0, **NO_CIRCUIT)
     drill.run(callers=1, calls=100)
     assert drill.sent == 100 + 500 // 14
@@ -78,7 +78,7 @@ def test_the_budget_ends_retries_and_answers_pay_for_new_ones():
 
 @pytest.mark.parametrize(("deadline", "attempts"), [(0.5, 1), (2.5, 2), (6.5, 3), (100.0, 4)])
 def test_a_retry_that_the_deadline_would_cut_short_is_not_waited_for(deadline, attempts):
-    """The provider's error is raised while there is still time to do something else (R50)."""
+    """The provider's error is raised while there is still time to do something else."""
     drill = Drill(down(server_error, ALWAYS), deadline=deadline, **NO_CIRCUIT)
     drill._lm._runtime.random = lambda: 1.0  # waits of 2, 4 and 8 s
     drill.run(callers=1, calls=1)
@@ -89,7 +89,7 @@ def test_a_retry_that_the_deadline_would_cut_short_is_not_waited_for(deadline, a
 
 @pytest.mark.parametrize(("hint", "attempts"), [(59.0, 2), (61.0, 1)])
 def test_what_a_provider_asks_for_is_waited_for_up_to_the_cap(hint, attempts):
-    """A 503 with Retry-After is left alone for so long, or not asked again by this call (R50)."""
+    """A 503 with Retry-After is left alone for so long, or not asked again by this call."""
 
     def busy():
         error = server_error()
@@ -104,7 +104,7 @@ def test_what_a_provider_asks_for_is_waited_for_up_to_the_cap(hint, attempts):
 
 
 def test_a_success_after_retries_is_a_success():
-    """Nobody hears of what went wrong on the way, but history and events (R50)."""
+    """Nobody hears of what went wrong on the way, but history and events."""
     drill = Drill(down(server_error, (0.0, 0.05)), **NO_CIRCUIT).run(callers=10, calls=1)
     assert (drill.answered, drill.failed, drill.sent) == (10, 0, 20)
 
@@ -120,7 +120,7 @@ def test_what_cannot_help_is_not_repeated():
 
 
 def test_who_is_woken_too_late_sends_nothing():
-    """A busy machine may oversleep a wait that fitted; the deadline holds all the same (R50)."""
+    """A busy machine may oversleep a wait that fitted; the deadline holds all the same."""
     drill = Drill(down(server_error, ALWAYS), deadline=2.5, **NO_CIRCUIT)
     drill._lm._runtime.random = lambda: 1.0  # a wait of 2 s
     drill.time.after(1.0, lambda: drill.time.clock.advance(5.0))

@@ -71,7 +71,7 @@ def rebuilt(request):
 
 
 def test_a_copy_is_the_same_client(make, twin_of):
-    """Circuit, cache, limits, numbers and name are one (R6)."""
+    """Circuit, cache, limits, numbers and name are one."""
     lm = make(name="fast", limits=2)
     twin = twin_of(lm)
     assert type(twin) is ResilientLM
@@ -83,7 +83,7 @@ def test_a_copy_is_the_same_client(make, twin_of):
 
 
 def test_a_copy_shares_the_cache_and_the_open_circuit(provider, make, twin_of):
-    """What one has asked the other need not; what one has tripped the other finds open (R6)."""
+    """What one has asked the other need not; what one has tripped the other finds open."""
     lm = make(max_wait=0, temperature=0.5)
     twin = twin_of(lm)
     assert lm("q") == twin("q") == ["Paris"]
@@ -94,7 +94,7 @@ def test_a_copy_shares_the_cache_and_the_open_circuit(provider, make, twin_of):
 
 
 def test_a_copy_keeps_the_credentials(provider, make, twin_of):
-    """A rollout is the same client, so it may ask (R6)."""
+    """A rollout is the same client, so it may ask."""
     lm = make(api_key="sk-mine", extra_headers={"X-Api-Key": "also-mine"})
     twin_of(lm)("q")
     headers = provider.requests[-1].headers
@@ -103,7 +103,7 @@ def test_a_copy_keeps_the_credentials(provider, make, twin_of):
 
 
 def test_closing_one_closes_all(make, twin_of):
-    """A closed client is closed for its copies too (R6)."""
+    """A closed client is closed for its copies too."""
     lm = make()
     twin_of(lm).close()
     with pytest.raises(ClientClosedError):
@@ -112,7 +112,7 @@ def test_closing_one_closes_all(make, twin_of):
 
 @pytest.mark.parametrize("way", sorted(COPIES.keys() - {"copy.copy"}))
 def test_a_copy_has_its_own_settings_history_and_callbacks(make, way):
-    """What dspy.LM isolates in a copy is isolated (R1)."""
+    """What dspy.LM isolates in a copy is isolated."""
     lm = make(callbacks=[])
     twin = COPIES[way](lm)
     twin.kwargs["temperature"] = 0.9
@@ -124,7 +124,7 @@ def test_a_copy_has_its_own_settings_history_and_callbacks(make, way):
 
 
 def test_the_history_of_a_copy_is_its_own(make):
-    """A call is recorded where it was made (R6)."""
+    """A call is recorded where it was made."""
     lm = make()
     one, two = lm.copy(), copy.deepcopy(lm)
     one("a"), two("b"), lm("c")
@@ -139,7 +139,7 @@ def test_a_deepcopy_keeps_identity_within_a_structure(make):
 
 
 def test_a_rollout_has_answers_of_its_own(provider, make):
-    """copy(rollout_id=, temperature=) asks again, once, on the same circuit (R6, R41)."""
+    """copy(rollout_id=, temperature=) asks again, once, on the same circuit."""
     lm = make()
     rollouts = [lm.copy(rollout_id=n, temperature=1.0) for n in (1, 2, 1)]
     for rollout in rollouts:
@@ -149,7 +149,7 @@ def test_a_rollout_has_answers_of_its_own(provider, make):
 
 
 def test_a_copy_for_another_model_has_a_circuit_of_its_own(provider, make):
-    """copy(model=) is the same client at another place (R6, R26)."""
+    """copy(model=) is the same client at another place."""
     lm = make(max_wait=0)
     other = lm.copy(model="openai/other")
     lm.circuit.force_open()
@@ -160,7 +160,7 @@ def test_a_copy_for_another_model_has_a_circuit_of_its_own(provider, make):
 
 
 def test_a_copy_may_have_its_own_patience_retries_deadline_and_cache_flag(provider, make):
-    """What is no property of the client can be given to a copy (R6)."""
+    """What is no property of the client can be given to a copy."""
     lm = make()
     twin = lm.copy(num_retries=0, max_wait=0, deadline=5.0, cache=False)
     assert (twin.num_retries, twin.max_wait, twin.deadline, twin.cache) == (0, 0, 5.0, False)
@@ -170,7 +170,7 @@ def test_a_copy_may_have_its_own_patience_retries_deadline_and_cache_flag(provid
 
 
 def test_settings_of_a_copy_reach_its_fallbacks(provider, make, ask):
-    """A copy's setting means what the same setting on a call means: every target hears it (R52)."""
+    """A copy's setting means what the same setting on a call means: every target hears it."""
     with Provider("Lyon") as second:
         backup = dspy.LM("openai/b", api_base=second.api_base, api_key="k", engine="litellm")
         lm = make(fallbacks=[backup], num_retries=0)
@@ -184,7 +184,7 @@ def test_settings_of_a_copy_reach_its_fallbacks(provider, make, ask):
 
 
 def test_credentials_of_a_copy_stay_with_its_provider(provider, make):
-    """copy(api_key=) is for the primary and what inherits from it, nobody else (R52)."""
+    """copy(api_key=) is for the primary and what inherits from it, nobody else."""
     with Provider("Lyon") as second:
         backup = dspy.LM("openai/b", api_base=second.api_base, api_key="k", engine="litellm")
         lm = make(fallbacks=["openai/same", backup], num_retries=0).copy(api_key="sk-new")
@@ -197,7 +197,7 @@ def test_credentials_of_a_copy_stay_with_its_provider(provider, make):
 
 
 def test_a_copy_that_asks_its_own_fallback_asks_it_once(make):
-    """copy(model=) never fails because of the fallbacks that it leaves behind (R52)."""
+    """copy(model=) never fails because of the fallbacks that it leaves behind."""
     lm = make(fallbacks=["openai/b", "openai/c"])
     assert list(make(fallbacks=["openai/b"]).copy(model="openai/b").circuits) == [
         next(iter(lm.copy(model="openai/b").circuits))
@@ -206,7 +206,7 @@ def test_a_copy_that_asks_its_own_fallback_asks_it_once(make):
 
 
 def test_a_copy_of_a_copy_is_still_the_client(make):
-    """However often (R6)."""
+    """However often."""
     lm = make(fallbacks=["openai/b"])
     far = copy.deepcopy(copy.deepcopy(lm.copy(temperature=0.1)).copy(max_wait=1).copy())
     assert far.circuit is lm.circuit
@@ -215,7 +215,7 @@ def test_a_copy_of_a_copy_is_still_the_client(make):
 
 
 def test_a_new_client_is_isolated(provider, make):
-    """The same arguments again are another client (R6, R62)."""
+    """The same arguments again are another client."""
     one, two = make(max_wait=0), make(max_wait=0)
     one("q")
     one.circuit.force_open()
@@ -227,7 +227,7 @@ def test_a_new_client_is_isolated(provider, make):
 
 
 def test_best_of_n_runs_on_one_client(make):
-    """DSPy's rollouts share circuit and cache, and ask each once (R6)."""
+    """DSPy's rollouts share circuit and cache, and ask each once."""
     with Provider(dspy_answers({"q": "no"})) as provider:
         lm = make(api_base=provider.api_base)
         best = dspy.BestOfN(dspy.Predict("question -> answer"), 3, lambda args, pred: 0.0, 1.0)
@@ -240,7 +240,7 @@ def test_best_of_n_runs_on_one_client(make):
 
 
 def test_an_optimizer_compiles_on_one_client(make):
-    """Copies that an optimizer makes are the same client (R5, R6)."""
+    """Copies that an optimizer makes are the same client."""
     examples = [dspy.Example(question=q, answer="yes").with_inputs("question") for q in "ab"]
     with Provider(dspy_answers({"a": "yes", "b": "yes"})) as provider:
         lm = make(api_base=provider.api_base)
@@ -252,7 +252,7 @@ def test_an_optimizer_compiles_on_one_client(make):
 
 
 def test_reset_copies_and_set_lm_work(make):
-    """What DSPy does to modules works with the client in them (R5)."""
+    """What DSPy does to modules works with the client in them."""
     lm = make()
     program = dspy.ChainOfThought("question -> answer")
     program.set_lm(lm)
@@ -274,7 +274,7 @@ FULL = {
 
 
 def test_a_rebuilt_client_has_the_same_policies_and_nothing_else(provider, make, rebuilt):
-    """Policies survive; answers, numbers and an open circuit do not (R6, R7)."""
+    """Policies survive; answers, numbers and an open circuit do not."""
     lm = make(**FULL)
     lm("q")
     lm.circuit.force_open()
@@ -307,7 +307,7 @@ def test_what_is_switched_off_stays_off(make, rebuilt, off):
 
 
 def test_settings_of_a_copy_are_saved(make, rebuilt):
-    """What a copy has for itself survives (R7)."""
+    """What a copy has for itself survives."""
     twin = make(fallbacks=["openai/b"]).copy(
         num_retries=7, cache=False, max_wait=0, deadline=9.0, temperature=0.25, rollout_id=4
     )
@@ -341,7 +341,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_every_setting_of_dspy_lm_survives(make, rebuilt, settings):
-    """State round-trips, and again (R7)."""
+    """State round-trips, and again."""
     lm = make(**settings)
     new = rebuilt(lm)
     assert new.dump_state() == lm.dump_state()
@@ -353,7 +353,7 @@ def test_every_setting_of_dspy_lm_survives(make, rebuilt, settings):
 
 
 def test_what_a_plain_lm_saves_a_client_saves_too(make, plain):
-    """Our state is DSPy's state and one key more (R7)."""
+    """Our state is DSPy's state and one key more."""
     settings = {"temperature": 0.7, "seed": 3, "num_retries": 1}
     ours, theirs = make(**settings).dump_state(), plain(**settings).dump_state()
     assert ours.pop("_dspy_lm_class") == "dspy_resilient.ResilientLM"
@@ -363,7 +363,7 @@ def test_what_a_plain_lm_saves_a_client_saves_too(make, plain):
 
 
 def test_state_of_a_plain_lm_loads(provider, plain):
-    """So does one without a class, or without our key (R7)."""
+    """So does one without a class, or without our key."""
     state = plain(temperature=0.7, num_retries=1, cache=False).dump_state()
     for old in (state, {k: v for k, v in state.items() if k != "_dspy_lm_class"}):
         lm = ResilientLM.load_state(as_json(old))
@@ -382,7 +382,7 @@ def test_loading_changes_no_state(make):
 
 @pytest.mark.parametrize("given", ["name", "lm", "dict", "client", "chain"])
 def test_fallbacks_survive_in_whatever_form(provider, make, rebuilt, given):
-    """Strings, dspy.LMs, dicts, and clients with fallbacks of their own (R7)."""
+    """Strings, dspy.LMs, dicts, and clients with fallbacks of their own."""
     with Provider("Lyon") as second:
         settings = {"model": "openai/b", "api_base": second.api_base, "temperature": 0.3}
         inner = ResilientLM(**settings, name="inner", circuit=CircuitPolicy(failure_threshold=1))
@@ -410,7 +410,7 @@ def test_fallbacks_survive_in_whatever_form(provider, make, rebuilt, given):
 
 
 def test_every_list_of_fallbacks_survives(make, rebuilt):
-    """So do those kept for prompts too long, or refused (R7, R52)."""
+    """So do those kept for prompts too long, or refused."""
     given = {
         "fallbacks": ["openai/b"],
         "context_window_fallbacks": ["openai/long", {"model": "openai/longer", "temperature": 0.3}],
@@ -424,7 +424,7 @@ def test_every_list_of_fallbacks_survives(make, rebuilt):
 
 
 def test_a_shared_circuit_is_saved_as_its_policy(make, rebuilt):
-    """What comes back is a circuit of its own (R6)."""
+    """What comes back is a circuit of its own."""
     shared = CircuitBreaker(CircuitPolicy(failure_threshold=9))
     new = rebuilt(make(circuit=shared))
     assert new.circuit is not shared
@@ -435,7 +435,7 @@ def test_a_shared_circuit_is_saved_as_its_policy(make, rebuilt):
 
 
 def test_what_cannot_be_saved_is_named_in_one_warning(make, rebuilt):
-    """Callables are left out, and every one is named (R6)."""
+    """Callables are left out, and every one is named."""
     lm = make(
         on_event=print,
         cache=CachePolicy(store_if=lambda entry: True),
@@ -456,7 +456,7 @@ def test_what_cannot_be_saved_is_named_in_one_warning(make, rebuilt):
 
 @pytest.mark.parametrize("save", [pickle.dumps, cloudpickle.dumps], ids=["pickle", "cloudpickle"])
 def test_callbacks_are_not_pickled_and_named(make, save):
-    """They may hold anything, a credential included (R6)."""
+    """They may hold anything, a credential included."""
 
     class Callback(dspy.utils.callback.BaseCallback):
         def __init__(self):
@@ -478,13 +478,13 @@ def test_a_save_without_hooks_warns_of_nothing(make, rebuilt):
 
 
 def test_a_rebuilt_client_reads_the_environment(provider, make, rebuilt):
-    """OPENAI_API_KEY takes the place of what was left out (R7)."""
+    """OPENAI_API_KEY takes the place of what was left out."""
     rebuilt(make(api_key="sk-explicit"))("q")
     assert provider.requests[-1].headers["authorization"] == f"Bearer {KEY}"
 
 
 def test_a_rebuilt_client_names_what_it_misses(provider, make, rebuilt, monkeypatch, ask):
-    """LMConfigurationError, before anything is sent (R7)."""
+    """LMConfigurationError, before anything is sent."""
     new = rebuilt(make(api_key="sk-explicit"))
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(dspy.LMConfigurationError, match=r"api_key was not saved.*OPENAI_API_KEY"):
@@ -494,7 +494,7 @@ def test_a_rebuilt_client_names_what_it_misses(provider, make, rebuilt, monkeypa
 
 
 def test_what_is_missing_can_be_given_again(provider, make, rebuilt, monkeypatch):
-    """To a call, to a copy, or in the environment later (R7)."""
+    """To a call, to a copy, or in the environment later."""
     new = rebuilt(make(api_key="sk-explicit"))
     monkeypatch.delenv("OPENAI_API_KEY")
     new("a", api_key="sk-call")
@@ -509,7 +509,7 @@ def test_what_is_missing_can_be_given_again(provider, make, rebuilt, monkeypatch
 
 
 def test_what_is_missing_is_still_known_after_another_save(make, rebuilt, monkeypatch):
-    """Saved, loaded, saved, loaded (R7)."""
+    """Saved, loaded, saved, loaded."""
     new = rebuilt(rebuilt(make()))
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(dspy.LMConfigurationError, match="api_key"):
@@ -517,7 +517,7 @@ def test_what_is_missing_is_still_known_after_another_save(make, rebuilt, monkey
 
 
 def test_secret_headers_are_missed_by_name(make, rebuilt):
-    """Half a set of headers would be refused somewhere far away (R7)."""
+    """Half a set of headers would be refused somewhere far away."""
     new = rebuilt(make(extra_headers={"Authorization": "Bearer x", "X-Title": "mine"}))
     assert "extra_headers" not in new.kwargs
     with pytest.raises(dspy.LMConfigurationError, match="extra_headers was not saved"):
@@ -541,8 +541,8 @@ def test_secret_headers_are_missed_by_name(make, rebuilt):
     ],
 )
 def test_each_provider_has_its_own_variables(monkeypatch, model, setting, variable):
-    """The names are those that LiteLLM reads (R7)."""
-    from dspy_resilient.saving import check_credentials
+    """The names are those that LiteLLM reads."""
+    from dspy_resilient.lm.saving import check_credentials
 
     for name in list(os.environ):
         if name.startswith(model.partition("/")[0].upper().partition("_")[0]):
@@ -559,15 +559,15 @@ def test_each_provider_has_its_own_variables(monkeypatch, model, setting, variab
 
 @pytest.mark.parametrize("model", ["bedrock/x", "sagemaker/x", "vertex_ai/x"])
 def test_whose_library_looks_further_is_left_to_it(model):
-    """A role or a profile is as good as a variable; only its library can tell (R7)."""
-    from dspy_resilient.saving import check_credentials
+    """A role or a profile is as good as a variable; only its library can tell."""
+    from dspy_resilient.lm.saving import check_credentials
 
     lm = ResilientLM(model, aws_secret_access_key="s", vertex_credentials="{}")
     check_credentials(ResilientLM.load_state(lm.dump_state()), {})
 
 
 def test_a_fallback_that_misses_its_credential_is_no_silent_loss(make, rebuilt, monkeypatch):
-    """Better an error now than a fallback that fails when it is needed (R7)."""
+    """Better an error now than a fallback that fails when it is needed."""
     monkeypatch.delenv("MISTRAL_API_KEY", raising=False)
     for fallback in (
         dspy.LM("mistral/x", api_key="k", engine="litellm"),
@@ -583,7 +583,7 @@ def test_a_fallback_that_misses_its_credential_is_no_silent_loss(make, rebuilt, 
 
 
 def test_a_program_saved_as_json_needs_the_flag_to_load(provider, make, tmp_path):
-    """A custom LM class is loaded on request only, and then it works (R7)."""
+    """A custom LM class is loaded on request only, and then it works."""
     file = tmp_path / "program.json"
     holding(make(**FULL, fallbacks=[ResilientLM("openai/b", name="inner")])).save(file)
     program = dspy.Predict("question -> answer")
@@ -597,14 +597,14 @@ def test_a_program_saved_as_json_needs_the_flag_to_load(provider, make, tmp_path
 
 
 def test_a_saved_state_names_the_class_by_the_package(make, tmp_path):
-    """Files may move inside the package (R7)."""
+    """Files may move inside the package."""
     file = tmp_path / "program.json"
     holding(make()).save(file)
     assert json.loads(file.read_bytes())["lm"]["_dspy_lm_class"] == "dspy_resilient.ResilientLM"
 
 
 def test_a_fallback_of_another_class_needs_the_flag_too(make):
-    """No class is imported because a nested state says so (R7)."""
+    """No class is imported because a nested state says so."""
     state = make(fallbacks=[dspy.LM("openai/b")]).dump_state()
     state["resilient"]["fallbacks"][0]["lm"]["_dspy_lm_class"] = "somewhere.Evil"
     with pytest.raises(ValueError, match="Refusing to import"):
@@ -612,7 +612,7 @@ def test_a_fallback_of_another_class_needs_the_flag_too(make):
 
 
 def test_a_whole_program_can_be_saved(provider, make, tmp_path):
-    """save_program=True pickles the client and brings it back (R6)."""
+    """save_program=True pickles the client and brings it back."""
     folder = str(tmp_path / "program")
     program = dspy.ChainOfThought("question -> answer")
     program.set_lm(make(**FULL))
@@ -634,7 +634,7 @@ def other_process():
 
 @pytest.mark.timeout(180)
 def test_a_client_works_in_another_process(provider, make, other_process, tmp_path):
-    """Pickled here, rebuilt and asked there; what comes back works here (R6)."""
+    """Pickled here, rebuilt and asked there; what comes back works here."""
     lm = make(**FULL)
     lm("before")
     assert other_process(lm, "q") == ["Paris"]
@@ -646,7 +646,7 @@ def test_a_client_works_in_another_process(provider, make, other_process, tmp_pa
 
 @pytest.mark.timeout(180)
 def test_an_error_comes_back_from_another_process(make, other_process, monkeypatch):
-    """A missing credential is named across processes too (R7)."""
+    """A missing credential is named across processes too."""
     monkeypatch.delenv("MISTRAL_API_KEY", raising=False)
     with pytest.raises(dspy.LMConfigurationError, match="api_key was not saved"):
         other_process(make(model="mistral/x"), "q")
@@ -673,7 +673,7 @@ ignore_fork_warning = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarni
 @ignore_fork_warning
 @pytest.mark.timeout(180)
 def test_a_forked_child_goes_on_with_the_client(provider, make):
-    """Answers and circuits are there, new calls work, and the parent notices nothing (R8)."""
+    """Answers and circuits are there, new calls work, and the parent notices nothing."""
     lm = make(name="fast", max_wait=0, fallbacks=["openai/b"])
     lm("q")
     sent = provider.count
@@ -688,7 +688,7 @@ def test_a_forked_child_goes_on_with_the_client(provider, make):
 @ignore_fork_warning
 @pytest.mark.timeout(180)
 def test_a_fork_while_threads_are_calling_hangs_nobody(provider, make):
-    """No lock that another thread held at the fork is held in the child for ever (R8)."""
+    """No lock that another thread held at the fork is held in the child for ever."""
     heard = []
 
     def listen(event):
@@ -725,7 +725,7 @@ def test_a_fork_while_threads_are_calling_hangs_nobody(provider, make):
 @ignore_fork_warning
 @pytest.mark.timeout(180)
 def test_a_child_does_not_wait_for_a_call_of_its_parent(provider, make):
-    """A flight that the parent leads does not exist in the child (R8, R44)."""
+    """A flight that the parent leads does not exist in the child."""
     from dspy_resilient.testing import Hold
 
     lm = make()

@@ -1,4 +1,4 @@
-"""A secret that is put in comes out at the provider and nowhere else (R7, style: secrets stay out).
+"""A secret that is put in comes out at the provider and nowhere else.
 
 Every secret and every prompt holds the word MARKED; everything this package writes, shows or says
 is searched for it. Two things are DSPy's and not searched: its history entries, which hold prompts
@@ -266,7 +266,7 @@ def test_the_day_was_eventful(day):
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("how", SHOWN)
 def test_no_secret_in_what_a_client_shows_or_saves(day, client, how):
-    """Reprs, explain, stats, labels, circuits, pickles, states, saved programs, warnings (R7)."""
+    """Reprs, explain, stats, labels, circuits, pickles, states, saved programs, warnings."""
     assert leaks(day.said[f"{client}: {how}"]) == []
 
 
@@ -299,7 +299,7 @@ HOLDING = [
 @pytest.mark.filterwarnings("ignore:.*cannot be saved:UserWarning")
 @pytest.mark.parametrize("settings", HOLDING, ids=str)
 def test_a_secret_is_found_wherever_it_is(settings):
-    """By the name of the setting, of a field further inside, or by its look (R7)."""
+    """By the name of the setting, of a field further inside, or by its look."""
     lm = ResilientLM("openai/test", **settings)
     saved = json.dumps(lm.dump_state()) + pickle.dumps(lm).decode("latin-1")
     assert leaks(saved) == []
@@ -310,7 +310,7 @@ def test_a_secret_is_found_wherever_it_is(settings):
 
 @pytest.mark.parametrize("settings", HARMLESS, ids=str)
 def test_what_only_sounds_like_a_secret_is_saved(settings):
-    """A counted token, a price, or a tool that takes a password is no credential (R7)."""
+    """A counted token, a price, or a tool that takes a password is no credential."""
     lm = ResilientLM("openai/test", **settings)
     assert ResilientLM.load_state(lm.dump_state()).kwargs == lm.kwargs
     assert pickle.loads(pickle.dumps(lm)).kwargs == lm.kwargs
@@ -318,7 +318,7 @@ def test_what_only_sounds_like_a_secret_is_saved(settings):
 
 @pytest.mark.filterwarnings("ignore:.*cannot be saved:UserWarning")
 def test_settings_of_training_lose_their_secrets_only():
-    """Nothing misses them in a call, so what is harmless stays (R7)."""
+    """Nothing misses them in a call, so what is harmless stays."""
     lm = ResilientLM("openai/test", train_kwargs={"epochs": 3, "hf_token": MARK})
     new = ResilientLM.load_state(lm.dump_state())
     assert new.train_kwargs == {"epochs": 3}
@@ -326,7 +326,7 @@ def test_settings_of_training_lose_their_secrets_only():
 
 
 def test_a_save_still_holds_what_is_no_secret(day):
-    """Harmless settings are not lost with the others (R7)."""
+    """Harmless settings are not lost with the others."""
     state = json.loads(day.said["primary: state"])
     assert state["organization"] == "org-harmless"
     assert set(state["resilient"]["dropped"]) == {
@@ -337,7 +337,7 @@ def test_a_save_still_holds_what_is_no_secret(day):
 
 
 def test_no_secret_in_an_error_of_ours(day):
-    """Message, arguments, repr and attributes (R7, section 2)."""
+    """Message, arguments, repr and attributes."""
     ours = [
         error
         for error in day.errors
@@ -351,36 +351,36 @@ def test_no_secret_in_an_error_of_ours(day):
 
 
 def test_no_secret_in_what_is_attached_to_a_providers_error(day):
-    """`.attempts` and our verdict name outcomes, not requests (R7)."""
+    """`.attempts` and our verdict name outcomes, not requests."""
     for error in day.errors:
         for name in ("attempts", "verdict"):
             assert leaks(repr(getattr(error, name, None))) == []
 
 
 def test_no_secret_in_an_event(day):
-    """Events carry facts, not live objects (R7, R70)."""
+    """Events carry facts, not live objects."""
     for event in day.events:
         assert leaks(f"{event!r} {dataclasses.asdict(event)!r}") == []
 
 
 def test_no_secret_in_the_log(day):
-    """At DEBUG, with every extra (R7)."""
+    """At DEBUG, with every extra."""
     assert leaks(day.said["logs"]) == []
 
 
 def test_no_secret_in_what_circuitbreaker_lists(day):
-    """Names in the monitor are seen by everybody in the process (R7, R20)."""
+    """Names in the monitor are seen by everybody in the process."""
     entries = circuitbreaker.CircuitBreakerMonitor.circuit_breakers
     assert leaks(" ".join(map(str, entries))) == []
 
 
 def test_no_secret_in_the_name_of_a_thread(day):
-    """A thread dump is shown around (R7)."""
+    """A thread dump is shown around."""
     assert leaks(" ".join(day.threads)) == []
 
 
 def test_no_secret_and_no_prompt_on_disk(day):
-    """Answers are kept; what was asked, and with which key, is not (R7, R40)."""
+    """Answers are kept; what was asked, and with which key, is not."""
     files = [file for file in (day.folder / "disk").rglob("*") if file.is_file()]
     assert files
     for file in files:
@@ -390,7 +390,7 @@ def test_no_secret_and_no_prompt_on_disk(day):
 
 
 def test_a_tenants_name_is_saved_with_the_policy_and_seen_nowhere_else(day):
-    """It is no credential; without it a rebuilt client would mix up its users (R41)."""
+    """It is no credential; without it a rebuilt client would mix up its users."""
     for client in CLIENTS:
         for how in SHOWN:
             is_there = leaks(day.said[f"{client}: {how}"], TENANT) != []
@@ -400,7 +400,7 @@ def test_a_tenants_name_is_saved_with_the_policy_and_seen_nowhere_else(day):
 
 
 def test_credentials_of_one_provider_never_reach_another(provider, make):
-    """A fallback of another provider inherits no credential and no connection (R52)."""
+    """A fallback of another provider inherits no credential and no connection."""
     with Provider("Lyon") as second:
         lm = ResilientLM(
             "azure/test",
@@ -416,7 +416,7 @@ def test_credentials_of_one_provider_never_reach_another(provider, make):
 
 @pytest.mark.parametrize("form", ["attribute", "call"])
 def test_cloud_credentials_of_a_call_stay_with_the_primary(provider, make, form):
-    """Per-call keywords of one provider are not sent to a fallback of another (R52)."""
+    """Per-call keywords of one provider are not sent to a fallback of another."""
     with Provider("Lyon") as second:
         backup = dspy.LM("openai/b", api_base=second.api_base, api_key="k", engine="litellm")
         given = {"aws_secret_access_key": secret("aws"), "extra_headers": {"X-Api-Key": MARK}}
@@ -428,5 +428,5 @@ def test_cloud_credentials_of_a_call_stay_with_the_primary(provider, make, form)
 
 
 def test_environment_is_left_as_it_was(day):
-    """No credential is put into the environment (R7)."""
+    """No credential is put into the environment."""
     assert leaks(repr(dict(os.environ))) == []

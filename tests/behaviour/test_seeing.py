@@ -28,7 +28,7 @@ QUICK = RetryPolicy(base=0.0)
 
 
 def test_stats_count_what_happened(make, provider, ask):
-    """Calls, hits, attempts, failures by kind, retries, what was kept and what was not (R71)."""
+    """Calls, hits, attempts, failures by kind, retries, what was kept and what was not."""
     lm = make(retry=QUICK)
     provider.script(None, Status(500), rate_limited("0.1"), None, Truncated())
     for prompt in ("a", "a", "b", "c"):
@@ -43,7 +43,7 @@ def test_stats_count_what_happened(make, provider, ask):
 
 
 def test_stats_count_what_was_refused(make, ask):
-    """A refused call is no failure: nothing was sent (R71)."""
+    """A refused call is no failure: nothing was sent."""
     lm = make(max_wait=0)
     lm.circuit.force_open()
     with pytest.raises(CircuitOpenError):
@@ -54,7 +54,7 @@ def test_stats_count_what_was_refused(make, ask):
 
 
 def test_latency_is_that_of_the_answers(make, provider, ask):
-    """Neither failures nor pauses between attempts are in it (R71)."""
+    """Neither failures nor pauses between attempts are in it."""
     lm = make(retry=RetryPolicy(base=0.2))
     provider.script(Status(500), None)
     ask(lm, "a")
@@ -63,7 +63,7 @@ def test_latency_is_that_of_the_answers(make, provider, ask):
 
 
 def test_reset_counts_from_zero(make, ask):
-    """Every number, those of the cache too; what is cached stays (R71)."""
+    """Every number, those of the cache too; what is cached stays."""
     lm = make()
     ask(lm, "a")
     ask(lm, "a")
@@ -76,7 +76,7 @@ def test_reset_counts_from_zero(make, ask):
 
 
 def test_a_difference_of_snapshots_is_what_one_run_cost(make, ask):
-    """Stats before and after can be subtracted (R71)."""
+    """Stats before and after can be subtracted."""
     lm = make()
     ask(lm, "a")
     before = lm.stats()
@@ -85,7 +85,7 @@ def test_a_difference_of_snapshots_is_what_one_run_cost(make, ask):
 
 
 def test_recent_numbers_follow_the_clients_clock(make):
-    """What is older than a minute is in the totals only (R71)."""
+    """What is older than a minute is in the totals only."""
     lm = make()
     clock = lm._runtime.clock = Clock(lm._runtime.clock())
     for minute in range(3):
@@ -99,7 +99,7 @@ def test_recent_numbers_follow_the_clients_clock(make):
 
 
 def test_copies_show_the_same_numbers(make):
-    """A rollout is the same client (R6)."""
+    """A rollout is the same client."""
     lm = make()
     copy.deepcopy(lm)("a")
     lm.copy(temperature=0.5)("a")
@@ -107,7 +107,7 @@ def test_copies_show_the_same_numbers(make):
 
 
 def test_a_client_explains_itself(make, provider, ask):
-    """State, reason, since when and until when, a line for each target (R71)."""
+    """State, reason, since when and until when, a line for each target."""
     lm = make(
         name="fast",
         max_wait=0,
@@ -127,7 +127,7 @@ def test_a_client_explains_itself(make, provider, ask):
 
 
 def test_a_throttled_client_says_so(make, provider):
-    """Until when the provider wants a pause (R71)."""
+    """Until when the provider wants a pause."""
     lm = make(deadline=5.0)
     provider.script(rate_limited("30"))
     with pytest.raises(dspy.LMRateLimitError):
@@ -136,7 +136,7 @@ def test_a_throttled_client_says_so(make, provider):
 
 
 def test_a_queue_is_explained(make, provider):
-    """A client that seems slow may be waiting for its own limit (R71)."""
+    """A client that seems slow may be waiting for its own limit."""
     lm, gate = make(limits=1), Hold()
     provider.always(gate)
     callers = [threading.Thread(target=lm, args=(str(number),)) for number in range(2)]
@@ -151,7 +151,7 @@ def test_a_queue_is_explained(make, provider):
 
 
 def test_a_client_has_a_view_for_notebooks(make, provider, ask):
-    """Circuits of all targets with their states, and the numbers; no secret, no address to load (R71)."""
+    """Circuits of all targets with their states, and the numbers; no secret, no address to load."""
     lm = make(name="<fast>", fallbacks=["openai/other"], api_key="sk-not-to-be-shown-0123456789")
     ask(lm, "a prompt that is nobody's business")
     html = lm._repr_html_()
@@ -165,7 +165,7 @@ def test_a_client_has_a_view_for_notebooks(make, provider, ask):
 
 
 def test_named_clients_have_a_view_too(provider):
-    """A line for each, with its health and numbers; one that was closed is not shown as well (R71)."""
+    """A line for each, with its health and numbers; one that was closed is not shown as well."""
     with Clients() as clients:
         endpoint = {"api_base": provider.api_base, "api_key": "sk-not-to-be-shown-0123456789"}
         clients.start("<fast>", "openai/test", **endpoint)("a")
@@ -180,7 +180,7 @@ def test_named_clients_have_a_view_too(provider):
 
 
 def test_reading_the_numbers_disturbs_nothing(make, provider):
-    """Looking while many threads call neither blocks nor loses anything (R8)."""
+    """Looking while many threads call neither blocks nor loses anything."""
     lm = make(cache=CachePolicy(disk=None))
     over = threading.Event()
 
@@ -207,7 +207,7 @@ def test_reading_the_numbers_disturbs_nothing(make, provider):
 
 
 def test_a_cancelled_call_is_no_answer(make, provider):
-    """It counts as a call and an attempt, and as nothing else (R71)."""
+    """It counts as a call and an attempt, and as nothing else."""
     lm = make()
     provider.always(Hold())
 
@@ -224,7 +224,7 @@ def test_a_cancelled_call_is_no_answer(make, provider):
 
 
 def test_log_lines_stay_lines(make, caplog):
-    """A name with a line break in it makes one line all the same (R70)."""
+    """A name with a line break in it makes one line all the same."""
     caplog.set_level(logging.DEBUG, logger="dspy_resilient")
     make(name="two\nlines").circuit.force_open()
     (record,) = caplog.records
@@ -268,7 +268,7 @@ def waits(lm):
 
 
 def test_a_long_wait_for_a_circuit_is_announced_once(watched, caplog):
-    """With the time when it ends, however many calls wait (R70)."""
+    """With the time when it ends, however many calls wait."""
     lm = watched()
     lm.circuit.force_open("maintenance", seconds=60)
     asyncio.run(blocked(lm, 4, lm.circuit.reset))
@@ -287,7 +287,7 @@ def test_a_long_wait_for_a_circuit_is_announced_once(watched, caplog):
 
 
 def test_a_long_pause_after_a_429_is_announced_once(watched, provider):
-    """It says how long the provider wants it to be (R70)."""
+    """It says how long the provider wants it to be."""
     lm = watched()
     provider.script(rate_limited("40"))
     asyncio.run(blocked(lm, 3, lm.reset))
@@ -297,7 +297,7 @@ def test_a_long_pause_after_a_429_is_announced_once(watched, provider):
 
 
 def test_a_short_wait_is_not_announced(watched):
-    """A blip is ridden out in silence (R70)."""
+    """A blip is ridden out in silence."""
     lm = watched()
     lm.circuit.force_open("blip", seconds=0.3)
     assert lm("a") == ["Paris"]
@@ -305,7 +305,7 @@ def test_a_short_wait_is_not_announced(watched):
 
 
 def test_waiting_for_a_probe_that_hangs_is_announced(watched, provider):
-    """When nobody can tell how long it takes, after a few seconds of it (R70)."""
+    """When nobody can tell how long it takes, after a few seconds of it."""
     lm, gate = watched(cache=False), Hold()
     lm._runtime.long_wait = 0.2
     provider.script(gate)
@@ -317,7 +317,7 @@ def test_waiting_for_a_probe_that_hangs_is_announced(watched, provider):
 
 
 def test_a_turn_within_the_limits_is_awaited_in_the_open(make, provider, ask):
-    """Who queues says so, and how long all of them have (R53, R70, R71)."""
+    """Who queues says so, and how long all of them have."""
     heard, gate = [], Hold()
     lm = make(cache=False, limits=1, on_event=heard.append)
     provider.script(gate)
@@ -350,7 +350,7 @@ def wait_until(condition):
 
 
 def test_a_call_that_need_not_queue_does_not_say_so(make, ask):
-    """There is nothing to see (R70)."""
+    """There is nothing to see."""
     heard = []
     lm = make(limits=1, on_event=heard.append)
     ask(lm, "a")
@@ -359,7 +359,7 @@ def test_a_call_that_need_not_queue_does_not_say_so(make, ask):
 
 
 def test_a_long_wait_for_the_limits_is_announced_once(watched, provider):
-    """However many queue, and again once the queue has been empty (R53, R70)."""
+    """However many queue, and again once the queue has been empty."""
     lm = watched(cache=False, limits=1)
     lm._runtime.long_wait = 0.2
     for _ in range(2):
@@ -374,7 +374,7 @@ def test_a_long_wait_for_the_limits_is_announced_once(watched, provider):
 
 
 def test_a_long_wait_for_a_rate_is_announced_with_its_end(watched, caplog):
-    """Which the rate alone decides (R53, R70)."""
+    """Which the rate alone decides."""
     lm = watched(cache=False, limits=LimitPolicy(rpm=30))
     lm._runtime.long_wait = 0.2
     for each in "abc":
@@ -386,7 +386,7 @@ def test_a_long_wait_for_a_rate_is_announced_with_its_end(watched, caplog):
 
 
 def test_a_wait_ends_with_the_lease_of_a_probe_that_was_lost(watched):
-    """Nobody calls the waiters then; they ask again by themselves (R24)."""
+    """Nobody calls the waiters then; they ask again by themselves."""
     lm = watched(cache=False, circuit=CircuitPolicy(probe_lease=0.3))
     lm.circuit.force_half_open()
     lm.circuit.admit()  # and forget it

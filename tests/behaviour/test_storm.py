@@ -1,4 +1,4 @@
-"""50 callers and a provider that is down: what reaches it, and when (R22, R50)."""
+"""50 callers and a provider that is down: what reaches it, and when."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_an_outage_is_not_multiplied(provider, make, storm):
 
 
 def test_retries_end_with_the_budget(provider, make, storm):
-    """500 tokens pay for 35 of the 150 retries that the callers might make (R50)."""
+    """500 tokens pay for 35 of the 150 retries that the callers might make."""
     lm = make(circuit=False, cache=False, retry=RetryPolicy(base=0.2))
     provider.down("500")
     assert len(storm(lm)) == CALLERS
@@ -98,7 +98,7 @@ def test_retries_end_with_the_budget(provider, make, storm):
 
 
 def test_retries_are_spread(provider, make, storm):
-    """Full jitter: no 100 ms holds more than a fifth of them (R50)."""
+    """Full jitter: no 100 ms holds more than a fifth of them."""
     events = []
     retry = RetryPolicy(base=0.5, budget=100_000)
     lm = make(circuit=False, cache=False, retry=retry, on_event=events.append)

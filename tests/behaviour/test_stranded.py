@@ -1,7 +1,7 @@
 """Calls whose event loop is closed under them, as notebooks and test frameworks do.
 
 Nothing will ever go on with such a call, and its task may be held by somebody for good: what it
-holds comes back all the same, within half a second of anybody's needing it (R8, R24, R44, R53).
+holds comes back all the same, within half a second of anybody's needing it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import dspy
 import pytest
 
 from dspy_resilient import LimitPolicy, ResilientLM, providers
+from dspy_resilient.pipeline.in_flight import end_stranded
 from dspy_resilient.providers.perloop import Reports
 from dspy_resilient.testing import Hold, rate_limited
-from dspy_resilient.underway import end_stranded
 
 PATIENCE = 20.0
 """Seconds for what takes one on a quiet machine."""
@@ -62,7 +62,7 @@ def strand(provider, kept):
         awaited = provider.count + requests
 
         def are_under_way():
-            return provider.count >= awaited and len(lm._runtime.under_way) >= len(prompts)
+            return provider.count >= awaited and len(lm._runtime.in_flight) >= len(prompts)
 
         loop.run_until_complete(asyncio.to_thread(wait_until, are_under_way))
         meanwhile()
@@ -78,9 +78,9 @@ def waiting(ask):
     with ThreadPoolExecutor(4) as pool:
 
         def begin(lm, prompt):
-            under_way = len(lm._runtime.under_way)
+            in_flight = len(lm._runtime.in_flight)
             future = pool.submit(ask, lm, prompt)
-            wait_until(lambda: len(lm._runtime.under_way) > under_way)
+            wait_until(lambda: len(lm._runtime.in_flight) > in_flight)
             time.sleep(0.02)  # it joins
             return future
 
@@ -104,7 +104,7 @@ def wait_until(condition):
 
 
 def test_follower_that_waits_takes_the_lead(provider, make, strand, waiting, hold):
-    """Behind a leader that never runs again, one who waits sends (R44)."""
+    """Behind a leader that never runs again, one who waits sends."""
     lm = make()
     followers = []
     strand(lm, "q", meanwhile=lambda: followers.extend(waiting(lm, "q") for _ in range(2)))
@@ -113,7 +113,7 @@ def test_follower_that_waits_takes_the_lead(provider, make, strand, waiting, hol
 
 
 def test_follower_that_comes_later_takes_the_lead(provider, make, strand, ask, hold):
-    """Nobody comes to wait behind a leader that never runs again (R44)."""
+    """Nobody comes to wait behind a leader that never runs again."""
     lm = make()
     strand(lm, "q")
     assert ask(lm, "q") == ["Paris"]
@@ -121,7 +121,7 @@ def test_follower_that_comes_later_takes_the_lead(provider, make, strand, ask, h
 
 
 def test_lead_is_left_to_no_follower_of_the_same_loop(provider, make, strand, waiting, hold):
-    """The one who has waited longest is as dead as the leader (R44)."""
+    """The one who has waited longest is as dead as the leader."""
     lm = make()
     followers = []
     strand(lm, "q", "q", "q", meanwhile=lambda: followers.append(waiting(lm, "q")))
@@ -130,7 +130,7 @@ def test_lead_is_left_to_no_follower_of_the_same_loop(provider, make, strand, wa
 
 
 def test_place_comes_back_to_who_waits_for_it(make, strand, waiting, hold):
-    """Also past those of the same loop who stand in the queue before them (R53)."""
+    """Also past those of the same loop who stand in the queue before them."""
     lm = make(cache=False, limits=LimitPolicy(max_concurrent=1))
     behind = []
     strand(lm, "a", "b", "c", meanwhile=lambda: behind.append(waiting(lm, "d")))
@@ -140,7 +140,7 @@ def test_place_comes_back_to_who_waits_for_it(make, strand, waiting, hold):
 
 
 def test_place_comes_back_to_who_would_be_refused(make, strand, ask, hold):
-    """A queue full of the dead is soon a queue again (R53)."""
+    """A queue full of the dead is soon a queue again."""
     lm = make(cache=False, limits=LimitPolicy(max_concurrent=1, max_queue=1))
     strand(lm, "a", "b")
     time.sleep(SOON)
@@ -148,7 +148,7 @@ def test_place_comes_back_to_who_would_be_refused(make, strand, ask, hold):
 
 
 def test_place_that_another_client_lends_comes_back(provider, make, strand, ask, hold):
-    """A fallback's limits are the lender's own (R52, R53)."""
+    """A fallback's limits are the lender's own."""
     lender = make("openai/lent", cache=False, limits=LimitPolicy(max_concurrent=1))
     lm = make("openai/down", cache=False, fallbacks=[lender], max_wait=0)
     lm.circuit.force_open()
@@ -158,7 +158,7 @@ def test_place_that_another_client_lends_comes_back(provider, make, strand, ask,
 
 @pytest.mark.parametrize("max_wait", [0, 30])
 def test_probe_comes_back(make, strand, ask, hold, max_wait):
-    """Long before its lease is over, to who waits for its verdict and to who would not (R24)."""
+    """Long before its lease is over, to who waits for its verdict and to who would not."""
     lm = make(cache=False, max_wait=max_wait)
     lm.circuit.force_half_open()
     strand(lm, "q")
@@ -170,7 +170,7 @@ def test_probe_comes_back(make, strand, ask, hold, max_wait):
 
 
 def test_pass_of_the_gate_comes_back(provider, make, strand, ask):
-    """The one call that may go after a 429 (R28)."""
+    """The one call that may go after a 429."""
     hold = Hold()
     provider.script(rate_limited(0.01), hold)
     lm = make(cache=False)
@@ -180,7 +180,7 @@ def test_pass_of_the_gate_comes_back(provider, make, strand, ask):
 
 
 def test_call_is_under_way_no_more(provider, make, strand, hold):
-    """A client that is closed waits for no call that cannot end, and health counts none (R61)."""
+    """A client that is closed waits for no call that cannot end, and health counts none."""
     lm = make(cache=False)
     strand(lm, "q")
     assert lm.health().in_flight == 0
@@ -193,7 +193,7 @@ def test_call_is_under_way_no_more(provider, make, strand, hold):
 
 @pytest.mark.parametrize("turns", [1, 2, 3], ids=["not begun", "begun", "under way"])
 def test_what_was_being_closed_keeps_no_loop(make, caplog, turns):
-    """Nothing goes on closing it once that loop is closed, and nobody complains (R34)."""
+    """Nothing goes on closing it once that loop is closed, and nobody complains."""
     lm = make(cache=False)
     loop = asyncio.new_event_loop()
     gone = weakref.ref(loop)
@@ -217,7 +217,7 @@ def test_what_was_being_closed_keeps_no_loop(make, caplog, turns):
 
 @pytest.mark.parametrize("restarts", [False, True])
 def test_its_memory_comes_back(make, strand, kept, hold, restarts):
-    """Once another loop has cleaned up after it, connections included (R34)."""
+    """Once another loop has cleaned up after it, connections included."""
     lm = make()
     strand(lm, "q")
     task = weakref.ref(kept.pop())
@@ -230,7 +230,7 @@ def test_its_memory_comes_back(make, strand, kept, hold, restarts):
 
 
 def test_collector_ends_a_call_and_no_more(provider, make, strand, kept, hold):
-    """Nothing is tried again on the thread, or put into the context, that it happens to run in (R8)."""
+    """Nothing is tried again on the thread, or put into the context, that it happens to run in."""
     lm = make()
     strand(lm, "q")
     requests = provider.count
@@ -243,7 +243,7 @@ def test_collector_ends_a_call_and_no_more(provider, make, strand, kept, hold):
 
 
 def test_collector_ends_no_call(provider, strand, kept, hold):
-    """In the middle of `ContextVar.set` CPython 3.11 would not survive what LiteLLM sets then (R8)."""
+    """In the middle of `ContextVar.set` CPython 3.11 would not survive what LiteLLM sets then."""
     lm = ResilientLM("openai/test", api_base=provider.api_base, api_key="dummy-key-for-tests")
     strand(lm, "q")
     del lm
@@ -260,7 +260,7 @@ def test_collector_ends_no_call(provider, strand, kept, hold):
 
 
 def test_what_was_being_reported_is_ended_in_a_context_of_its_own():
-    """A report of LiteLLM's sets variables as it ends, too (R31)."""
+    """A report of LiteLLM's sets variables as it ends, too."""
     variable, begun, ended = contextvars.ContextVar("variable"), asyncio.Event(), []
 
     async def report():
@@ -284,7 +284,7 @@ def test_what_was_being_reported_is_ended_in_a_context_of_its_own():
 
 
 def test_nobody_complains_of_a_report_that_had_not_begun():
-    """Python would, of a coroutine that was never awaited (R31)."""
+    """Python would, of a coroutine that was never awaited."""
 
     async def report():
         pass
@@ -335,9 +335,9 @@ print("alive")
 
 ENDED_BY_TWO_THREADS = """
 import asyncio, threading
-from dspy_resilient.underway import UnderWay
+from dspy_resilient.pipeline.in_flight import InFlight
 
-running = UnderWay().call()
+running = InFlight().call()
 ending, both = threading.Event(), threading.Event()
 
 async def call():
@@ -373,7 +373,7 @@ print("alive")
 
 @pytest.mark.parametrize("program", [WOKEN_AND_STRANDED, ENDED_BY_TWO_THREADS], ids=["wait", "end"])
 def test_no_call_is_closed_while_it_is_being_closed(program):
-    """Neither by a task that the collector finds, nor by one that another thread lets go of (R8)."""
+    """Neither by a task that the collector finds, nor by one that another thread lets go of."""
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr

@@ -1,4 +1,4 @@
-"""Streams, under the same page as every other call (R14)."""
+"""Streams, under the same page as every other call."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def consume(lm, question="q", *, is_async=True, started=None):
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 async def test_chunks_arrive_and_the_prediction_follows(provider, make, is_async):
-    """Streaming works through both drivers; the answer is cached, and a hit has no chunks (R43)."""
+    """Streaming works through both drivers; the answer is cached, and a hit has no chunks."""
     lm = make()
     chunks, prediction = await consume(lm, is_async=is_async)
     assert chunks > 3
@@ -104,7 +104,7 @@ NOTHING += [Empty(), Garbage(), NoChoices()]
 async def test_a_stream_that_brings_nothing_is_a_failure_before_output(
     provider, make, is_async, fault
 ):
-    """LiteLLM makes an answer of an empty body or a web page; here it is retried (R14)."""
+    """LiteLLM makes an answer of an empty body or a web page; here it is retried."""
     lm = make(retry=AT_ONCE)
     provider.script(fault)
     chunks, prediction = await consume(lm, is_async=is_async)
@@ -118,7 +118,7 @@ async def test_a_stream_that_brings_nothing_is_a_failure_before_output(
 @pytest.mark.parametrize("model", ["anthropic/claude-haiku-4-5", "azure/gpt-4o"])
 @pytest.mark.parametrize("how", ["eof", "close", "reset"])
 async def test_a_cut_stream_is_an_error_and_no_short_answer(provider, make, model, how):
-    """Where LiteLLM lets the made-up end be told from the provider's (R14); nothing is stored."""
+    """Where LiteLLM lets the made-up end be told from the provider's; nothing is stored."""
     base = provider.base(model.partition("/")[0])
     options = {"api_version": "2024-06-01"} if model.startswith("azure") else {}
     lm = make(model, api_base=base, circuit=CircuitPolicy(failure_threshold=1), **options)
@@ -134,7 +134,7 @@ async def test_a_cut_stream_is_an_error_and_no_short_answer(provider, make, mode
 
 
 async def test_a_stream_without_its_end_is_not_remembered(provider, make):
-    """Other servers may send the end along with the last words; before 1.110 LiteLLM hides it (R42)."""
+    """Other servers may send the end along with the last words; before 1.110 LiteLLM hides it."""
     lm = make()
     provider.script(CutStream(3, how="eof"))
     notices = LITELLM >= (1, 110)
@@ -171,7 +171,7 @@ async def test_the_permit_is_held_until_the_last_chunk(provider, make):
 
 
 async def test_streams_neither_lead_nor_follow(provider, make):
-    """Two identical streams at once are two requests (R14)."""
+    """Two identical streams at once are two requests."""
     lm = make()
     hold = Hold()
     provider.script(hold, hold)
@@ -184,7 +184,7 @@ async def test_streams_neither_lead_nor_follow(provider, make):
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 async def test_a_deadline_ends_a_stream_that_hangs(provider, make, is_async):
-    """The deadline holds under a stream too (R54)."""
+    """The deadline holds under a stream too."""
     lm = make(deadline=0.5)
     provider.script(Hang())
     with pytest.raises(DeadlineExceededError), anyio.fail_after(20):
@@ -194,7 +194,7 @@ async def test_a_deadline_ends_a_stream_that_hangs(provider, make, is_async):
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 async def test_a_stream_within_its_deadline_is_whole(make, is_async):
-    """A deadline that is kept is not noticed (R54)."""
+    """A deadline that is kept is not noticed."""
     chunks, prediction = await consume(make(deadline=30.0), is_async=is_async)
     assert chunks > 3
     assert prediction.answer

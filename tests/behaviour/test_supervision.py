@@ -1,4 +1,4 @@
-"""A client that breaks is restarted, and the call that met the break is tried once more (R60)."""
+"""A client that breaks is restarted, and the call that met the break is tried once more."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def outcomes(lm):
 
 @pytest.mark.parametrize("prefix", ["openai", "azure"])
 def test_a_closed_http_client_is_replaced(provider, make, meddle, prefix):
-    """The second try answers; the circuit hears nothing of it, and listeners one restart (R60)."""
+    """The second try answers; the circuit hears nothing of it, and listeners one restart."""
     events = []
     lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, on_event=events.append)
     assert meddle(lm, provider) == ["Paris"]
@@ -131,7 +131,7 @@ def test_a_closed_http_client_is_replaced(provider, make, meddle, prefix):
 
 @pytest.mark.parametrize("prefix", ["openai", "anthropic", "gemini"])
 def test_a_client_closed_under_a_running_call_is_replaced(provider, make, meddle, prefix):
-    """Though the error is that of a connection which the provider has cut (R60)."""
+    """Though the error is that of a connection which the provider has cut."""
     lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, num_retries=0)
     assert meddle(lm, provider, Hold()) == ["Paris"]
     assert outcomes(lm) == ["broken", "answer"]
@@ -141,7 +141,7 @@ def test_a_client_closed_under_a_running_call_is_replaced(provider, make, meddle
 
 @pytest.mark.parametrize("prefix", ["openai", "anthropic"])
 def test_a_client_whose_event_loop_is_gone_is_replaced(provider, make, monkeypatch, prefix):
-    """LiteLLM finds it by a mark of the loop: before 1.110 its address, which another can get (R60)."""
+    """LiteLLM finds it by a mark of the loop: before 1.110 its address, which another can get."""
 
     async def mark():
         return kept.update_cache_key_with_event_loop("")
@@ -169,7 +169,7 @@ def test_a_client_whose_event_loop_is_gone_is_replaced(provider, make, monkeypat
 
 
 def test_repeated_event_loops_and_threads_with_loops_of_their_own_break_nothing(provider, make):
-    """What a notebook does, and what used to end in "Event loop is closed" (R8, R60)."""
+    """What a notebook does, and what used to end in "Event loop is closed"."""
     lm = make(cache=False, num_retries=0)
 
     def loops():
@@ -208,7 +208,7 @@ def streaming():
 
 
 async def test_a_stream_that_has_not_begun_is_tried_once_more(streaming, make):
-    """Nobody has seen anything yet (R14, R60)."""
+    """Nobody has seen anything yet."""
     lm = make(cache=False, num_retries=0, api_base=streaming.api_base)
     await lm.acall("warm")
     await aclose_clients()
@@ -219,7 +219,7 @@ async def test_a_stream_that_has_not_begun_is_tried_once_more(streaming, make):
 
 
 async def test_a_stream_that_breaks_in_the_middle_is_not_repeated(streaming, make, monkeypatch):
-    """Its chunks have been seen; the client is restarted for the next call all the same (R14, R60).
+    """Its chunks have been seen; the client is restarted for the next call all the same.
 
     (Over aiohttp nobody learns that the client was closed: see below.)
     """
@@ -236,7 +236,7 @@ async def test_a_stream_that_breaks_in_the_middle_is_not_repeated(streaming, mak
 
 
 async def test_a_deadline_ends_a_stream_whose_client_was_closed(streaming, make):
-    """Over aiohttp nobody learns of it, and no timeout of LiteLLM's applies (R54, R60)."""
+    """Over aiohttp nobody learns of it, and no timeout of LiteLLM's applies."""
     streaming.script(StallStream(1, 1.0))
     lm = make(cache=False, deadline=1.0, timeout=0.5, api_base=streaming.api_base)
     with pytest.raises(dspy.LMError):
@@ -247,7 +247,7 @@ async def test_a_deadline_ends_a_stream_whose_client_was_closed(streaming, make)
 
 
 def test_fifty_calls_that_meet_one_break_cost_one_restart(provider, make):
-    """All of them are answered (R60)."""
+    """All of them are answered."""
     lm = make(cache=False, num_retries=0)
     lm("warm")
     close_clients()
@@ -264,7 +264,7 @@ def test_fifty_calls_that_meet_one_break_cost_one_restart(provider, make):
 
 
 def test_a_crash_loop_ends_in_the_restart_limit(crashing, make, ask):
-    """A call is tried twice; the fourth break within 5 s is refused, and so is all that follows (R60)."""
+    """A call is tried twice; the fourth break within 5 s is refused, and so is all that follows."""
     lm = make(cache=False)
     with pytest.raises(dspy.LMError) as first:
         ask(lm, "?")
@@ -283,7 +283,7 @@ def test_a_crash_loop_ends_in_the_restart_limit(crashing, make, ask):
 
 
 def test_restart_lifts_the_restart_limit(crashing, make, ask):
-    """A person has mended something (R60)."""
+    """A person has mended something."""
     lm = make(cache=False)
     for _ in range(2):
         with pytest.raises(dspy.LMError):
@@ -296,7 +296,7 @@ def test_restart_lifts_the_restart_limit(crashing, make, ask):
 
 
 def test_the_restart_limit_passes_with_its_window(crashing, make, ask):
-    """Five seconds after the first of three restarts the next call is sent again (R60)."""
+    """Five seconds after the first of three restarts the next call is sent again."""
     lm, clock = make(cache=False), Clock(100.0)
     lm._runtime.routes.supervisor._clock = clock
     for _ in range(2):
@@ -312,7 +312,7 @@ def test_the_restart_limit_passes_with_its_window(crashing, make, ask):
 
 
 def test_a_fallback_answers_for_a_client_that_cannot_be_mended(crashing, make, ask):
-    """Its own HTTP client is whole (R52, R60)."""
+    """Its own HTTP client is whole."""
 
     class Backup(dspy.BaseLM):
         def __call__(self, *args, **kwargs):
@@ -327,7 +327,7 @@ def test_a_fallback_answers_for_a_client_that_cannot_be_mended(crashing, make, a
 
 
 def test_hits_are_served_while_nothing_can_be_sent(crashing, make, ask):
-    """The cache needs no connection (R43)."""
+    """The cache needs no connection."""
     lm = make()
     crashing()
     assert ask(lm, "known") == ["Paris"]
@@ -347,7 +347,7 @@ def test_hits_are_served_while_nothing_can_be_sent(crashing, make, ask):
 )
 @pytest.mark.parametrize("prefix", ["openai", "anthropic"])
 def test_nothing_a_provider_does_restarts_a_client(provider, make, ask, prefix, fault):
-    """An unreadable response is its failure, not our break (R60)."""
+    """An unreadable response is its failure, not our break."""
     provider.always(fault)
     lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, num_retries=0)
     with pytest.raises(dspy.LMError):
@@ -356,7 +356,7 @@ def test_nothing_a_provider_does_restarts_a_client(provider, make, ask, prefix, 
 
 
 def test_an_open_circuit_stays_open_over_a_restart(provider, make, ask):
-    """The provider is as down as before (R60)."""
+    """The provider is as down as before."""
     lm = make(cache=False, max_wait=0)
     lm.circuit.force_open("maintenance")
     lm.restart()
@@ -366,7 +366,7 @@ def test_an_open_circuit_stays_open_over_a_restart(provider, make, ask):
 
 
 def test_leaders_answer_their_followers_over_a_restart(provider, make):
-    """Nobody who waits is forgotten, and nothing is sent twice for them (R60)."""
+    """Nobody who waits is forgotten, and nothing is sent twice for them."""
     hold = Hold()
     provider.script(hold)
     lm = make()
@@ -383,7 +383,7 @@ def test_leaders_answer_their_followers_over_a_restart(provider, make):
 
 
 def test_a_restart_frees_whoever_waits_for_a_place_that_was_lost(make, ask):
-    """Clean limits have all their places (R60)."""
+    """Clean limits have all their places."""
     lm = make(cache=False, limits=LimitPolicy(max_concurrent=1))
     route = lm._runtime.routes.find(lm, {})
     route.limiter.enter()  # and never leave
@@ -397,11 +397,11 @@ def test_a_restart_frees_whoever_waits_for_a_place_that_was_lost(make, ask):
 
 
 def break_limits(lm):
-    lm._runtime.routes.find(lm, {}).limiter._places = None
+    lm._runtime.routes.find(lm, {}).limiter._leases = None
 
 
 def break_count(lm):
-    lm._runtime.routes.find(lm, {}).limiter._places.in_use = -1
+    lm._runtime.routes.find(lm, {}).limiter._leases.in_use = -1
 
 
 def break_flights(lm):
@@ -410,7 +410,7 @@ def break_flights(lm):
 
 @pytest.mark.parametrize("damage", [break_limits, break_count, break_flights])
 def test_broken_state_of_our_own_is_replaced(provider, make, ask, damage):
-    """The limits, or the in-flight table, in a state they cannot be in (R60)."""
+    """The limits, or the in-flight table, in a state they cannot be in."""
     lm = make(limits=4)
     assert ask(lm, "one") == ["Paris"]
     damage(lm)
@@ -423,7 +423,7 @@ def test_broken_state_of_our_own_is_replaced(provider, make, ask, damage):
 
 
 def test_followers_of_a_broken_table_are_answered(provider, make):
-    """Whoever led comes back with the answer that is in the cache by then (R60)."""
+    """Whoever led comes back with the answer that is in the cache by then."""
     hold = Hold()
     provider.script(hold)
     lm = make()
@@ -440,7 +440,7 @@ def test_followers_of_a_broken_table_are_answered(provider, make):
 
 
 def test_a_restart_by_hand_makes_new_connections(provider, make, ask):
-    """What is under way keeps the old ones (R60)."""
+    """What is under way keeps the old ones."""
     lm = make(cache=False)
     lm("?")
     lm.restart()
@@ -449,7 +449,7 @@ def test_a_restart_by_hand_makes_new_connections(provider, make, ask):
 
 
 def test_a_closed_client_is_not_restarted(make):
-    """It stays closed (R60)."""
+    """It stays closed."""
     lm = make()
     lm.close()
     with pytest.raises(ClientClosedError):

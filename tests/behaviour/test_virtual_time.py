@@ -16,7 +16,7 @@ QUICK, SLOW = (0.01, 0.05), (3.0, 8.0)
 
 @pytest.mark.parametrize("latency", [(0.5, 2.0), SLOW], ids=["quick", "slow"])
 def test_provider_that_fails_one_request_in_five_is_still_of_use(latency):
-    """Neither circuit nor retry budget make of a bad provider no provider at all (R27, R50)."""
+    """Neither circuit nor retry budget make of a bad provider no provider at all."""
     calls = failed = 0
     for seed in range(4):
         drill = Drill(down(server_error, ALWAYS, share=0.2), latency=latency, seed=seed)
@@ -29,7 +29,7 @@ def test_provider_that_fails_one_request_in_five_is_still_of_use(latency):
 @pytest.mark.parametrize("latency", [QUICK, (0.5, 2.0), SLOW], ids=["local", "quick", "slow"])
 @pytest.mark.parametrize("seconds", [0.6, 2.0, 4.0])
 def test_blip_is_ridden_out(latency, seconds):
-    """The defaults lose no call to a provider that is gone for a moment (R27)."""
+    """The defaults lose no call to a provider that is gone for a moment."""
     blip = down(server_error, (10.0, 10.0 + seconds))
     drill = Drill(blip, latency=latency).run(callers=16, calls=math.ceil(20 / latency[1]))
     assert drill.failed == 0
@@ -38,7 +38,7 @@ def test_blip_is_ridden_out(latency, seconds):
 
 
 def test_outage_fails_fast():
-    """An hour without a provider costs a caller `max_wait` once, and the provider little (R27)."""
+    """An hour without a provider costs a caller `max_wait` once, and the provider little."""
     drill = Drill(down(server_error, ALWAYS)).run(callers=50, calls=20)
     assert drill.answered == 0
     assert drill.sent <= 75
@@ -46,7 +46,7 @@ def test_outage_fails_fast():
 
 
 def test_retries_of_a_crowd_come_in_no_waves():
-    """50 callers who fail together come back apart, and few of them (R50, M17)."""
+    """50 callers who fail together come back apart, and few of them."""
     sent: list[float] = []
 
     def fails(now, dice):
@@ -61,14 +61,14 @@ def test_retries_of_a_crowd_come_in_no_waves():
 
 
 def test_optimizer_waits_an_outage_out():
-    """With `max_wait=900` every call of a run is answered after an outage of 5 minutes (R27)."""
+    """With `max_wait=900` every call of a run is answered after an outage of 5 minutes."""
     drill = Drill(down(server_error, (20.0, 320.0)), max_wait=900.0).run(callers=16, calls=40)
     assert drill.failed == 0
     assert drill.sent - drill.answered < 40
 
 
 def test_probe_that_is_lost_does_not_hold_up_those_who_wait():
-    """Who waits for somebody's probe asks again when its lease is over (R24, R27)."""
+    """Who waits for somebody's probe asks again when its lease is over."""
     drill = Drill(lambda now, dice: None, max_wait=900.0)
     circuit = drill._lm.circuit
     circuit.force_half_open()
@@ -113,7 +113,7 @@ def throttled(hint):
 
 @pytest.mark.parametrize(("limiter", "wasted"), [(Window, 0.4), (Bucket, 2.0)])
 def test_rate_limit_wastes_few_requests(limiter, wasted):
-    """416 calls of 32 callers on 60 requests a minute: all answered, little wasted (R28)."""
+    """416 calls of 32 callers on 60 requests a minute: all answered, little wasted."""
     drill = Drill(limiter()).run(callers=32, calls=13)
     assert (drill.answered, drill.failed) == (416, 0)
     assert drill.sent - drill.answered < wasted * 416

@@ -15,7 +15,8 @@ from contextlib import suppress
 
 import circuitbreaker
 
-from dspy_resilient.circuit import CircuitBreaker, ThrottleGate
+from dspy_resilient.circuit import CircuitBreaker
+from dspy_resilient.limits import ThrottleGate
 from dspy_resilient.policies import CircuitPolicy
 
 ROUNDS = 41

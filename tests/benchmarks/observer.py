@@ -15,7 +15,7 @@ import dspy
 import httpx
 
 from dspy_resilient import providers
-from dspy_resilient.circuit import classify
+from dspy_resilient.outcomes import classify
 
 KEYWORDS = {"model": "openai/gpt-4o-mini", "temperature": 0.7, "api_key": "key"}
 

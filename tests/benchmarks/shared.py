@@ -24,7 +24,7 @@ from dspy_resilient import CachePolicy, LimitPolicy, ResilientLM
 from dspy_resilient.circuit import CircuitBreaker, CircuitState
 from dspy_resilient.limits import Limiter
 from dspy_resilient.policies import CircuitPolicy
-from dspy_resilient.shared import Fleet, RedisStore
+from dspy_resilient.shared import RedisStore, SharedState
 from dspy_resilient.shared.link import VIEW_AGE
 from dspy_resilient.shared.store import (
     BudgetReport,
@@ -135,8 +135,8 @@ def calls(url):
 
 def admissions(url):
     """Print what the shared parts of one attempt take."""
-    fleet = Fleet(url, "bench", clock=time.monotonic, emit=lambda *_, **__: None)
-    circuit = fleet.circuit(WAY, POLICY)
+    shared_state = SharedState(url, "bench", clock=time.monotonic, emit=lambda *_, **__: None)
+    circuit = shared_state.circuit(WAY, POLICY)
     alone = per_call(own, CircuitBreaker(POLICY))
     busy = per_call(shared, circuit)
     print(f"admit and report, own circuit           {alone:8.2f} us")
@@ -148,7 +148,7 @@ def admissions(url):
         shared(circuit)
         waits.append(time.perf_counter() - started)
     print(f"the same after a pause (asks the store) {statistics.median(waits) * 1e6:8.0f} us")
-    limiter, waits = Limiter(LIMITS, rates=fleet.rates(WAY, "", LIMITS)), []
+    limiter, waits = Limiter(LIMITS, rates=shared_state.rates(WAY, "", LIMITS)), []
     for _ in range(500):
         started = time.perf_counter()
         with limiter.enter(1000) as slot:
@@ -157,7 +157,7 @@ def admissions(url):
             slot.poll()
     print(f"a place within shared rates             {statistics.median(waits) * 1e6:8.0f} us")
     print(f"trips per second and process            {2 / VIEW_AGE:8.0f}   at most, without limits")
-    fleet.close()
+    shared_state.close()
 
 
 def verbs(url, client):

@@ -102,7 +102,7 @@ async def broken_stream(lm, provider):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_hundred_event_loops_in_a_row_leave_nothing_behind(leaves_nothing, prefix):
-    """Plain LiteLLM holds a hundred connections then, and warns of each in the end (R34)."""
+    """Plain LiteLLM holds a hundred connections then, and warns of each in the end."""
     with leaves_nothing() as provider:
         lm = client(provider, prefix)
         for _ in range(100):
@@ -124,7 +124,7 @@ ENDINGS = {
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_however_calls_end_their_loops_leave_nothing_behind(leaves_nothing, prefix, ending):
-    """Neither descriptors nor warnings (R34)."""
+    """Neither descriptors nor warnings."""
     fault, call = ENDINGS[ending]
     with leaves_nothing(None) as provider:
         provider.always(fault)
@@ -134,7 +134,7 @@ def test_however_calls_end_their_loops_leave_nothing_behind(leaves_nothing, pref
 
 
 def test_a_provider_that_refuses_connections_leaves_nothing_behind(leaves_nothing):
-    """A connection that never came about is none to close (R34)."""
+    """A connection that never came about is none to close."""
     with leaves_nothing() as provider:
         provider.down()
         lm = client(provider)
@@ -144,7 +144,7 @@ def test_a_provider_that_refuses_connections_leaves_nothing_behind(leaves_nothin
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_eight_threads_with_loops_of_their_own_leave_nothing_behind(leaves_nothing, prefix):
-    """Nor do they disturb one another: LiteLLM's log stays silent, too (R8, R34)."""
+    """Nor do they disturb one another: LiteLLM's log stays silent, too."""
     with leaves_nothing() as provider:
         lm = client(provider, prefix)
 
@@ -160,7 +160,7 @@ def test_eight_threads_with_loops_of_their_own_leave_nothing_behind(leaves_nothi
 
 
 def test_calls_on_one_loop_share_a_connection(provider, make):
-    """Twenty in a row take one, five at once no more than five (R34)."""
+    """Twenty in a row take one, five at once no more than five."""
     lm = make(cache=False)
 
     async def calls():
@@ -175,7 +175,7 @@ def test_calls_on_one_loop_share_a_connection(provider, make):
 
 @pytest.mark.parametrize("prefix", ["openai", "anthropic", "groq"])
 def test_a_crowd_of_threads_keeps_its_connections(prefix):
-    """None is closed as surplus: httpcore closes such under a thread that has just taken it (R34).
+    """None is closed as surplus: httpcore closes such under a thread that has just taken it.
 
     By default the twenty-first would be. (A crowd that takes long loses connections in another way:
     what has been idle for 5 s is closed, too.)
@@ -212,7 +212,7 @@ def test_a_pooled_client_keeps_its_connections():
 
 @pytest.mark.parametrize("prefix", [*PREFIXES, "gemini"])
 def test_a_stream_outlives_other_loops(prefix):
-    """With plain LiteLLM a second loop's stream ends the first's, which then hangs (R8, R34)."""
+    """With plain LiteLLM a second loop's stream ends the first's, which then hangs."""
     got_a_chunk = threading.Event()
 
     async def words(provider):
@@ -241,7 +241,7 @@ def test_a_stream_outlives_other_loops(prefix):
 
 
 def test_a_call_outlives_other_loops(provider, make):
-    """The end of a loop closes its own clients only (R34)."""
+    """The end of a loop closes its own clients only."""
     lm, hold = make(cache=False), Hold()
     provider.script(hold)
     with ThreadPoolExecutor(1) as pool:
@@ -254,7 +254,7 @@ def test_a_call_outlives_other_loops(provider, make):
 
 @pytest.mark.filterwarnings("ignore:asynchronous generator:ResourceWarning")  # httpx starts others
 def test_a_call_outlives_the_shutdown_of_its_loops_generators(provider, make):
-    """Whoever runs it early finds idle connections closed, and none under a request (R34)."""
+    """Whoever runs it early finds idle connections closed, and none under a request."""
     lm, hold = make(cache=False), Hold()
 
     async def calls():
@@ -271,7 +271,7 @@ def test_a_call_outlives_the_shutdown_of_its_loops_generators(provider, make):
 
 
 def test_loops_closed_by_hand_are_cleaned_up_after(leaves_nothing):
-    """Without `shutdown_asyncgens`, the next loop's first call closes what they left (R34)."""
+    """Without `shutdown_asyncgens`, the next loop's first call closes what they left."""
     with leaves_nothing() as provider:
         lm = client(provider)
         for _ in range(5):
@@ -282,7 +282,7 @@ def test_loops_closed_by_hand_are_cleaned_up_after(leaves_nothing):
 
 
 def test_another_kind_of_loop_is_tended_to_as_well(leaves_nothing):
-    """Nothing relies on asyncio's own loops (R8, R34)."""
+    """Nothing relies on asyncio's own loops."""
     uvloop = pytest.importorskip("uvloop")
 
     def run(work):
@@ -300,7 +300,7 @@ def test_another_kind_of_loop_is_tended_to_as_well(leaves_nothing):
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_cache_emptied_by_the_user_breaks_nothing(provider, make):
-    """LiteLLM makes new clients then (R34)."""
+    """LiteLLM makes new clients then."""
     lm = make(cache=False)
 
     async def calls():
@@ -314,7 +314,7 @@ def test_a_cache_emptied_by_the_user_breaks_nothing(provider, make):
 
 
 def test_a_client_lent_to_litellm_stays_open(provider):
-    """Azure's are cached like LiteLLM's own (R34)."""
+    """Azure's are cached like LiteLLM's own."""
 
     async def call(lent):
         await providers.tend()
@@ -334,7 +334,7 @@ def test_a_client_lent_to_litellm_stays_open(provider):
 
 
 def test_callbacks_hear_of_every_success_though_its_loop_ends_at_once(provider, make):
-    """Plain LiteLLM keeps these reports for a later loop, or loses them (R8)."""
+    """Plain LiteLLM keeps these reports for a later loop, or loses them."""
     heard = []
 
     class Listener(CustomLogger):
@@ -430,7 +430,7 @@ def test_an_account_is_drawn_up_for_a_callback_of_the_call(is_accounted_for, ask
 
 
 def test_an_account_is_drawn_up_for_a_circuit_that_listens(is_accounted_for, ask, make):
-    """To the provider, that is: it hears of successes from LiteLLM (R31)."""
+    """To the provider, that is: it hears of successes from LiteLLM."""
     listener = make(circuit=CircuitPolicy(listen="provider"))
     ask(make(cache=False), "Heard?")
     assert is_accounted_for("Heard?")
@@ -438,7 +438,7 @@ def test_an_account_is_drawn_up_for_a_circuit_that_listens(is_accounted_for, ask
 
 
 def test_calls_that_are_not_ours_are_accounted_for_as_ever(is_accounted_for, provider, make):
-    """Whoever calls LiteLLM may look at what it notes (R62)."""
+    """Whoever calls LiteLLM may look at what it notes."""
     make(cache=False)("Unheard?")
     messages = [{"role": "user", "content": "Not ours?"}]
     litellm.completion("openai/test", messages, api_base=provider.api_base, api_key=KEY)
@@ -449,7 +449,7 @@ def test_calls_that_are_not_ours_are_accounted_for_as_ever(is_accounted_for, pro
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_opens_connections_of_its_own(provider, make):
-    """On the parent's, each would read the other's answers (R8)."""
+    """On the parent's, each would read the other's answers."""
     lm = make(cache=False)
 
     async def calls():
@@ -472,7 +472,7 @@ def test_a_forked_child_opens_connections_of_its_own(provider, make):
 
 @pytest.mark.timeout(150)
 def test_nothing_is_left_to_warn_of_at_exit():
-    """Neither by loops that ended as they should nor by those that did not (R34)."""
+    """Neither by loops that ended as they should nor by those that did not."""
     script = """if True:
         import asyncio, gc
         from dspy_resilient import ResilientLM
@@ -513,7 +513,7 @@ lm = ResilientLM("openai/x", api_base=provider.api_base, api_key="k", cache=Fals
 
 @pytest.mark.timeout(150)
 def test_an_exit_handler_may_run_a_loop_that_was_left_open():
-    """What is being reported on it is not ended before (R31, R34)."""
+    """What is being reported on it is not ended before."""
     ended = run_and_exit("""if True:
         class Log(CustomLogger):
             async def async_log_success_event(self, **_):
@@ -536,7 +536,7 @@ def test_an_exit_handler_may_run_a_loop_that_was_left_open():
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("end", ["", "loop.close()"], ids=["open", "closed"])
 def test_a_call_that_nothing_goes_on_with_ends_with_the_process(end):
-    """Without a word, whether its loop was closed under it or never (R34)."""
+    """Without a word, whether its loop was closed under it or never."""
     script = """if True:
         async def call():
             print(await lm.acall("?"))

@@ -63,7 +63,7 @@ def work_together(work):
 
 
 def test_killed_writer_loses_at_most_what_it_was_writing(tmp_path):
-    """kill -9 at any moment: every entry is whole and right, or was never stored (R46)."""
+    """kill -9 at any moment: every entry is whole and right, or was never stored."""
     chance = random.Random(7)
     for life in range(LIVES):
 
@@ -93,7 +93,7 @@ def test_killed_writer_loses_at_most_what_it_was_writing(tmp_path):
 
 
 def test_disk_that_is_really_full_is_a_miss(tmp_path):
-    """The system cuts a write short: no call fails, nothing half is left, the rest is read (R46)."""
+    """The system cuts a write short: no call fails, nothing half is left, the rest is read."""
     disk = DiskCache(tmp_path, limit_bytes=LIMIT)
     assert disk.put(key(1), answer(1))
 
@@ -117,7 +117,7 @@ def test_disk_that_is_really_full_is_a_miss(tmp_path):
 
 
 def test_processes_share_a_folder(tmp_path):
-    """What one process stores another finds, and neither sees a half of anything (R46)."""
+    """What one process stores another finds, and neither sees a half of anything."""
 
     def work(tell):
         disk = DiskCache(tmp_path, limit_bytes=LIMIT)
@@ -137,7 +137,7 @@ def test_processes_share_a_folder(tmp_path):
 
 
 def test_folder_emptied_by_another_process_is_no_fault(tmp_path):
-    """One process clears and fills, another trims, a third stores and looks up (R46)."""
+    """One process clears and fills, another trims, a third stores and looks up."""
 
     def work(tell):
         disk = DiskCache(tmp_path, limit_bytes=2**20)
@@ -153,7 +153,7 @@ def test_folder_emptied_by_another_process_is_no_fault(tmp_path):
 
 
 def test_answer_of_one_process_is_a_hit_in_another(tmp_path):
-    """A worker pool pays for an answer once (R46)."""
+    """A worker pool pays for an answer once."""
 
     def work(tell):
         ResponseCache(CachePolicy(), folder=str(tmp_path)).put(key(1), answer(1))

@@ -1,4 +1,4 @@
-"""Whatever happens to one client, another notices nothing of it (R62)."""
+"""Whatever happens to one client, another notices nothing of it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def crash_loop(make, others):
     lm = make(cache=False, limits=2)
 
     def crash():
-        lm._runtime.routes.find(lm, {}).limiter._places = None
+        lm._runtime.routes.find(lm, {}).limiter._leases = None
         try:
             lm("?")
         finally:

@@ -16,11 +16,11 @@ import pytest
 from litellm.integrations.custom_logger import CustomLogger
 
 from dspy_resilient import providers
-from dspy_resilient.circuit import Kind, classify
-from dspy_resilient.circuit.state import Outcome
+from dspy_resilient.outcomes import Kind, classify
+from dspy_resilient.outcomes.outcome import Outcome
 from dspy_resilient.providers import observer
-from dspy_resilient.providers.evidence import endpoint_name
-from dspy_resilient.providers.hook import Hook
+from dspy_resilient.providers.callback import Hook
+from dspy_resilient.providers.callback_event import endpoint_name
 from dspy_resilient.testing import (
     Provider,
     Reset,
@@ -103,7 +103,7 @@ def judge(evidence):
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_failure_is_heard_once_before_its_caller_sees_it(provider, send, prefix, fault):
-    """In the caller's own thread, with provider and endpoint, and judged like the error (R30)."""
+    """In the caller's own thread, with provider and endpoint, and judged like the error."""
     fault, kind = FAULTS[fault]
     provider.always(fault)
     order = []
@@ -123,7 +123,7 @@ def test_a_failure_is_heard_once_before_its_caller_sees_it(provider, send, prefi
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_refused_connection_is_heard(provider, send, prefix):
-    """Nobody listens: a failure, and the request counts as handed off (R30)."""
+    """Nobody listens: a failure, and the request counts as handed off."""
     provider.down("refuse")
     heard = []
     with (
@@ -138,7 +138,7 @@ def test_a_refused_connection_is_heard(provider, send, prefix):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_timeout_is_heard(provider, send, prefix):
-    """The client's own timeout, and how long it took by LiteLLM's clock (R30)."""
+    """The client's own timeout, and how long it took by LiteLLM's clock."""
     provider.down("hang")
     heard = []
     with pytest.raises(litellm.Timeout), providers.watch(heard.append) as tags:
@@ -150,7 +150,7 @@ def test_a_timeout_is_heard(provider, send, prefix):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_stream_that_is_refused_is_heard(provider, send, prefix):
-    """Before the first byte a stream fails like any call (R30)."""
+    """Before the first byte a stream fails like any call."""
     provider.always(Status(500))
     heard = []
     with pytest.raises(litellm.InternalServerError), providers.watch(heard.append) as tags:
@@ -160,7 +160,7 @@ def test_a_stream_that_is_refused_is_heard(provider, send, prefix):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_success_is_not_heard(send, prefix):
-    """The return path is the authority for success (R30)."""
+    """The return path is the authority for success."""
     heard = []
     with providers.watch(heard.append) as tags:
         assert send(prefix, tags).choices[0].message.content == "Paris"
@@ -169,7 +169,7 @@ def test_a_success_is_not_heard(send, prefix):
 
 @pytest.mark.parametrize("prefix", [*PREFIXES, "groq", "gemini", "hosted_vllm", "openrouter"])
 def test_nothing_of_ours_is_sent(provider, send, prefix):
-    """No tag in body, headers or path of the one request (R30, R32)."""
+    """No tag in body, headers or path of the one request."""
     with providers.watch(print, True, {"litellm_metadata": {"theirs": "x"}}) as tags:
         send(prefix, tags)
     (request,) = provider.requests
@@ -200,7 +200,7 @@ def crowd_out():
     "wipe", [replace_with_another, reset_all, empty_all, crowd_out, providers.unregister]
 )
 def test_the_observer_comes_back(provider, send, wipe):
-    """Whatever somebody does to LiteLLM's lists, the next attempt is heard of (R30)."""
+    """Whatever somebody does to LiteLLM's lists, the next attempt is heard of."""
     provider.always(Status(500))
     wipe()
     heard = []
@@ -210,7 +210,7 @@ def test_the_observer_comes_back(provider, send, wipe):
 
 
 def test_others_stay_where_they_are(provider):
-    """Registering and leaving touch nobody else's callback (R30)."""
+    """Registering and leaving touch nobody else's callback."""
     other = CustomLogger()
     litellm.callbacks = [other]
     providers.ensure_registered()
@@ -225,7 +225,7 @@ def test_others_stay_where_they_are(provider):
 
 
 def test_a_hundred_clients_take_one_place(make):
-    """LiteLLM has a hundred in all, and lets nobody else in after that (R30)."""
+    """LiteLLM has a hundred in all, and lets nobody else in after that."""
     for _ in range(101):
         make(cache=False)("?")
     for name in LISTS:
@@ -233,7 +233,7 @@ def test_a_hundred_clients_take_one_place(make):
 
 
 def test_a_list_that_is_none_is_left_alone(monkeypatch):
-    """Somebody's odd assignment must not fail a call (R30)."""
+    """Somebody's odd assignment must not fail a call."""
     monkeypatch.setattr(litellm, "input_callback", None)
     providers.ensure_registered()
     providers.unregister()
@@ -241,7 +241,7 @@ def test_a_list_that_is_none_is_left_alone(monkeypatch):
 
 
 def test_registered_twice_is_heard_once(provider, send):
-    """Two threads that register at once, or a user's copied list, do not double a failure (R30)."""
+    """Two threads that register at once, or a user's copied list, do not double a failure."""
     provider.always(Status(500))
     providers.ensure_registered()
     for name in LISTS:
@@ -254,7 +254,7 @@ def test_registered_twice_is_heard_once(provider, send):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_missing_key_is_not_handed_off(monkeypatch, provider, send, prefix):
-    """LiteLLM calls it a 500 or a 401, but nobody was asked (R35)."""
+    """LiteLLM calls it a 500 or a 401, but nobody was asked."""
     monkeypatch.delenv(f"{prefix.upper()}_API_KEY")
     heard = []
     with (
@@ -269,7 +269,7 @@ def test_a_missing_key_is_not_handed_off(monkeypatch, provider, send, prefix):
 
 
 def test_a_missing_package_is_not_handed_off(monkeypatch, send):
-    """Nor is a call for which a package is missing, or of an unknown provider (R35)."""
+    """Nor is a call for which a package is missing, or of an unknown provider."""
     monkeypatch.setitem(sys.modules, "botocore", None)
     for prefix in ("sagemaker", "nonsense"):
         heard = []
@@ -280,7 +280,7 @@ def test_a_missing_package_is_not_handed_off(monkeypatch, send):
 
 
 def test_a_fault_of_the_listener_stays_here(provider, send, caplog):
-    """What `on_failure` raises reaches neither the caller nor, with its text, the log (R30)."""
+    """What `on_failure` raises reaches neither the caller nor, with its text, the log."""
     provider.always(Status(500))
 
     def broken(evidence):
@@ -293,7 +293,7 @@ def test_a_fault_of_the_listener_stays_here(provider, send, caplog):
 
 
 def test_after_close_nothing_is_heard(provider, send):
-    """A late event finds nobody (R30)."""
+    """A late event finds nobody."""
     provider.always(Status(500))
     heard = []
     sighting = providers.observe(heard.append)
@@ -305,7 +305,7 @@ def test_after_close_nothing_is_heard(provider, send):
 
 
 def test_a_call_id_of_the_users_own_is_no_obstacle(provider, send):
-    """The metadata is the second tag, for a call whose id is somebody else's (R30)."""
+    """The metadata is the second tag, for a call whose id is somebody else's."""
     provider.always(Status(500))
     heard = []
     with pytest.raises(litellm.InternalServerError), providers.watch(heard.append) as tags:
@@ -314,7 +314,7 @@ def test_a_call_id_of_the_users_own_is_no_obstacle(provider, send):
 
 
 def test_metadata_of_the_users_own_is_kept():
-    """Tags are fresh each time and swallow nothing (R30)."""
+    """Tags are fresh each time and swallow nothing."""
     theirs = {"trace": "x"}
     sighting = providers.observe(print)
     first, second = (sighting.tags({"litellm_metadata": theirs}) for _ in range(2))
@@ -325,7 +325,7 @@ def test_metadata_of_the_users_own_is_kept():
 
 
 async def test_a_cancelled_call_is_not_heard(provider):
-    """Cancellation fires nothing; the permit is for the caller to release (R30)."""
+    """Cancellation fires nothing; the permit is for the caller to release."""
     provider.down("hang")
     heard = []
     await providers.tend()
@@ -348,7 +348,7 @@ async def test_a_cancelled_call_is_not_heard(provider):
 
 @pytest.mark.parametrize("prefix", ["openai", "azure"])
 def test_an_attempt_is_one_request(provider, send, prefix):
-    """Also where somebody's earlier call has taught LiteLLM's cached client to retry (R32)."""
+    """Also where somebody's earlier call has taught LiteLLM's cached client to retry."""
     provider.always(Status(500))
     more = {"api_version": "2024-02-01"} if prefix == "azure" else {}
     with pytest.raises(litellm.exceptions.openai.OpenAIError):
@@ -364,7 +364,7 @@ def test_an_attempt_is_one_request(provider, send, prefix):
 
 
 def test_azure_keeps_the_users_identity(monkeypatch):
-    """What sets our Azure clients apart in LiteLLM's cache changes nobody's login (R32)."""
+    """What sets our Azure clients apart in LiteLLM's cache changes nobody's login."""
     sighting = providers.observe(print)
     monkeypatch.delenv("AZURE_USERNAME", raising=False)
     assert sighting.tags({"model": "azure/x"})["azure_username"] == ""
@@ -377,7 +377,7 @@ def test_azure_keeps_the_users_identity(monkeypatch):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_reset_is_heard_once_even_where_litellm_sends_again(provider, send, prefix):
-    """LiteLLM 1.106 re-sends silently after an async reset; it stays one failure (R32)."""
+    """LiteLLM 1.106 re-sends silently after an async reset; it stays one failure."""
     provider.always(Reset())
     heard = []
     with (
@@ -390,7 +390,7 @@ def test_a_reset_is_heard_once_even_where_litellm_sends_again(provider, send, pr
 
 
 def test_two_hundred_event_loops_leave_nothing(provider):
-    """One `asyncio.run` per call: every failure is heard, nothing is kept (R8, R30)."""
+    """One `asyncio.run` per call: every failure is heard, nothing is kept."""
 
     async def call(tags, **outcome):
         messages = [{"role": "user", "content": "x"}]
@@ -409,7 +409,7 @@ def test_two_hundred_event_loops_leave_nothing(provider):
 
 
 def test_a_sighting_that_nobody_closed_goes_with_its_watcher():
-    """Ctrl-C may strike between the two; what is left must not keep the client (R30)."""
+    """Ctrl-C may strike between the two; what is left must not keep the client."""
     sighting = providers.observe([].append)
     assert list(observer._observer._sightings.values()) == [sighting]
     del sighting
@@ -418,7 +418,7 @@ def test_a_sighting_that_nobody_closed_goes_with_its_watcher():
 
 
 def test_every_thread_hears_its_own_failures(provider):
-    """Sixteen threads, one provider that answers and one that fails: nothing is mixed up (R30)."""
+    """Sixteen threads, one provider that answers and one that fails: nothing is mixed up."""
 
     def work(thread):
         for number in range(10):
@@ -446,7 +446,7 @@ def test_every_thread_hears_its_own_failures(provider):
 
 
 def test_without_keywords_the_context_tells(provider, ask):
-    """A typed Request carries no tags, so its attempt is found by where it runs (R30)."""
+    """A typed Request carries no tags, so its attempt is found by where it runs."""
     providers.load()
     provider.always(Status(503))
     lm = dspy.LM(
@@ -470,7 +470,7 @@ def test_without_keywords_the_context_tells(provider, ask):
 
 
 def test_dspy_carries_the_tags(provider, ask):
-    """Tags survive DSPy's deep copies, and its error is judged like LiteLLM's (R30)."""
+    """Tags survive DSPy's deep copies, and its error is judged like LiteLLM's."""
     provider.always(rate_limited(retry_after=7))
     lm = dspy.LM(
         "openai/test",
@@ -510,7 +510,7 @@ def elsewhere(provider, **more):
 
 
 def test_a_subscriber_hears_of_everybody_elses_calls(provider):
-    """Successes and failures, chats and embeddings, but no attempt of ours (R31)."""
+    """Successes and failures, chats and embeddings, but no attempt of ours."""
     subscriber = Subscriber()
     end = providers.subscribe("openai", provider.api_base, subscriber.hear)
     with providers.watch(print) as tags:
@@ -533,7 +533,7 @@ def test_a_subscriber_hears_of_everybody_elses_calls(provider):
 
 
 def test_a_subscriber_hears_of_its_own_place_only(provider):
-    """Another endpoint, or another provider at the same one, is none of its business (R31)."""
+    """Another endpoint, or another provider at the same one, is none of its business."""
     here, there, anthropic, anywhere = (Subscriber() for _ in range(4))
     ends = [
         providers.subscribe("openai", f"{provider.api_base}/", here.hear),
@@ -550,7 +550,7 @@ def test_a_subscriber_hears_of_its_own_place_only(provider):
 
 
 def test_a_dead_subscriber_disappears(provider):
-    """A subscription ends with its subscriber (R31)."""
+    """A subscription ends with its subscriber."""
     gone, left = Subscriber(), Subscriber()
     providers.subscribe("openai", provider.api_base, gone.hear)
     del gone
@@ -565,7 +565,7 @@ def test_a_dead_subscriber_disappears(provider):
 
 
 def test_an_event_tells_when_the_first_token_came_and_with_which_headers(provider):
-    """Of a stream, and of a failure; what LiteLLM has not kept is not there (R30)."""
+    """Of a stream, and of a failure; what LiteLLM has not kept is not there."""
     subscriber = Subscriber()
     end = providers.subscribe("openai", provider.api_base, subscriber.hear)
     provider.answer = "The capital is Paris"
@@ -597,14 +597,14 @@ def test_an_event_tells_when_the_first_token_came_and_with_which_headers(provide
     ],
 )
 def test_an_endpoint_is_named_without_secrets(url, name):
-    """Scheme, host, port and path; never a query or a login (R7)."""
+    """Scheme, host, port and path; never a query or a login."""
     assert endpoint_name(url) == name
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_starts_with_nothing():
-    """The parent's attempts do not run there, and its ids are not used again (R8)."""
+    """The parent's attempts do not run there, and its ids are not used again."""
     sighting = providers.observe(print)
     child = os.fork()
     if child == 0:
@@ -617,7 +617,7 @@ def test_a_forked_child_starts_with_nothing():
 
 
 def test_litellm_is_not_imported_for_another_engine():
-    """Watching an attempt that carries no keywords loads nothing (R33)."""
+    """Watching an attempt that carries no keywords loads nothing."""
     script = """if True:
         import sys
         from dspy_resilient import providers
@@ -629,7 +629,7 @@ def test_litellm_is_not_imported_for_another_engine():
 
 
 def test_loading_leaves_dspys_settings_to_dspy(monkeypatch):
-    """Only the download of tokenizers is switched off, which may stall for 46 s (R33, R36)."""
+    """Only the download of tokenizers is switched off, which may stall for 46 s."""
     for name in ("telemetry", "cache", "suppress_debug_info", "disable_hf_tokenizer_download"):
         monkeypatch.setattr(litellm, name, "as it was")
     Hook(print, bool).load()

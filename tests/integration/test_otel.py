@@ -74,7 +74,7 @@ def collected():
 
 
 def test_a_call_with_a_retry_a_fallback_a_hit_and_a_rejection(collected, make, provider, ask):
-    """Spans two deep under the active one, with what happened on the way (R71)."""
+    """Spans two deep under the active one, with what happened on the way."""
     lm = make(name="fast", retry=RetryPolicy(max_attempts=2, base=0.0), fallbacks=["openai/other"])
     with collected.watch(lm), collected.tracer.start_as_current_span("program"):
         provider.script(Status(503), None)
@@ -106,12 +106,12 @@ def test_a_call_with_a_retry_a_fallback_a_hit_and_a_rejection(collected, make, p
     assert not hit.events
     assert [s.attributes["dspy_resilient.cache_hit"] for s in (retried, hit)] == [False, True]
     assert [s.attributes["dspy_resilient.attempts"] for s in (retried, fallen, hit)] == [2, 3, 0]
-    assert fallen.attributes["dspy_resilient.target"].startswith("openai/other at ")
+    assert fallen.attributes["dspy_resilient.targets.target"].startswith("openai/other at ")
     assert all(span.status.status_code == StatusCode.UNSET for span in (retried, fallen, hit))
 
 
 def test_a_call_has_the_attributes_of_the_conventions(collected, make, ask):
-    """Operation, provider, models, settings, usage, finish reasons; no prompt and no answer (R71)."""
+    """Operation, provider, models, settings, usage, finish reasons; no prompt and no answer."""
     lm = make(temperature=0.5, max_tokens=100, api_key="sk-not-to-be-shown-0123456789")
     with collected.watch(lm):
         ask(lm, "a secret question", n=2)
@@ -129,14 +129,14 @@ def test_a_call_has_the_attributes_of_the_conventions(collected, make, ask):
     }.items() <= call.attributes.items()
     for name in ("response.model", "response.id", "usage.input_tokens", "usage.output_tokens"):
         assert call.attributes[f"gen_ai.{name}"]
-    assert attempt.attributes["dspy_resilient.target"] == lm._primary.label
+    assert attempt.attributes["dspy_resilient.targets.target"] == lm._primary.label
     text = "".join(span.to_json() for span in collected.spans)
     for secret in ("secret question", "Paris", "sk-not"):
         assert secret not in text
 
 
 def test_an_error_is_named_and_not_told(collected, make, provider, ask):
-    """Its class and status; a provider's message may hold a prompt (R71)."""
+    """Its class and status; a provider's message may hold a prompt."""
     lm = make(retry=RetryPolicy(max_attempts=1))
     provider.script(Status(503, body='{"error": {"message": "you asked: what is my password"}}'))
     with collected.watch(lm), pytest.raises(dspy.LMServerError):
@@ -149,7 +149,7 @@ def test_an_error_is_named_and_not_told(collected, make, provider, ask):
 
 
 def test_a_rejected_call_is_a_failed_span_without_an_attempt(collected, make, ask):
-    """Nothing was sent (R71)."""
+    """Nothing was sent."""
     lm = make(max_wait=0)
     lm.circuit.force_open()
     with collected.watch(lm), pytest.raises(CircuitOpenError):
@@ -159,7 +159,7 @@ def test_a_rejected_call_is_a_failed_span_without_an_attempt(collected, make, as
 
 
 def test_each_task_and_thread_has_a_parent_of_its_own(collected, make, provider):
-    """Calls that overlap on one loop do not get mixed up (R8)."""
+    """Calls that overlap on one loop do not get mixed up."""
     lm, gate = make(cache=False), Hold()
     provider.always(gate)
 
@@ -181,7 +181,7 @@ def test_each_task_and_thread_has_a_parent_of_its_own(collected, make, provider)
 
 
 def test_the_attempt_is_active_while_it_runs(collected, make, provider, ask, monkeypatch):
-    """Spans of whatever sends the request lie below it (R71)."""
+    """Spans of whatever sends the request lie below it."""
     lm = make()
 
     def answer(_):
@@ -203,7 +203,7 @@ def test_the_attempt_is_active_while_it_runs(collected, make, provider, ask, mon
 
 
 def test_a_cancelled_call_ends_its_spans(collected, make, provider):
-    """Both, and the context is clean afterwards (R71)."""
+    """Both, and the context is clean afterwards."""
     lm = make()
     provider.always(Hold())
 
@@ -221,7 +221,7 @@ def test_a_cancelled_call_ends_its_spans(collected, make, provider):
 
 
 def test_a_deadline_keeps_the_attempt_below_its_call(collected, make, provider, ask):
-    """Though a sync attempt under a deadline runs on a thread of its own (R54)."""
+    """Though a sync attempt under a deadline runs on a thread of its own."""
     lm = make(deadline=0.4)
     with collected.watch(lm):
         assert ask(lm, "a") == ["Paris"]
@@ -234,7 +234,7 @@ def test_a_deadline_keeps_the_attempt_below_its_call(collected, make, provider, 
 
 
 def test_metrics_of_calls_attempts_and_tokens(collected, make, provider, ask):
-    """Durations by outcome, tokens by kind; a hit says nothing about the model (R71)."""
+    """Durations by outcome, tokens by kind; a hit says nothing about the model."""
     lm = make(name="fast", retry=QUICK)
     provider.script(Status(503), None)
     with collected.watch(lm):
@@ -243,8 +243,8 @@ def test_metrics_of_calls_attempts_and_tokens(collected, make, provider, ask):
         found = collected.metrics()
     assert found["gen_ai.client.operation.duration", "chat", "openai", "test"].count == 1
     label = lm._primary.label
-    assert found[("dspy_resilient.attempt.duration", *sorted(("fast", label)))].count == 1
-    failed = ("dspy_resilient.attempt.duration", *sorted(("LMServerError", "fast", label)))
+    assert found[("dspy_resilient.pipeline.attempt.duration", *sorted(("fast", label)))].count == 1
+    failed = ("dspy_resilient.pipeline.attempt.duration", *sorted(("LMServerError", "fast", label)))
     assert found[failed].count == 1
     for kind in ("input", "output"):
         key = ("gen_ai.client.token.usage", *sorted(("chat", kind, "openai", "test")))
@@ -252,7 +252,7 @@ def test_metrics_of_calls_attempts_and_tokens(collected, make, provider, ask):
 
 
 def test_metrics_of_counters_and_circuits(collected, make, ask):
-    """The numbers of `stats()` and the states, read when they are collected (R71)."""
+    """The numbers of `stats()` and the states, read when they are collected."""
     lm = make(name="fast")
     with collected.watch(lm):
         ask(lm, "a")
@@ -273,7 +273,7 @@ def test_metrics_of_counters_and_circuits(collected, make, ask):
 
 
 def test_a_client_that_is_gone_is_not_kept_alive(collected, provider):
-    """Meters live as long as the process; clients need not (R71)."""
+    """Meters live as long as the process; clients need not."""
     from dspy_resilient import ResilientLM
 
     lm = ResilientLM("openai/test", name="gone", api_base=provider.api_base, api_key="k")
@@ -287,7 +287,7 @@ def test_a_client_that_is_gone_is_not_kept_alive(collected, provider):
 
 
 def test_closing_ends_it(collected, make, ask):
-    """Twice does no harm, and a client that reports elsewhere meanwhile goes on doing so (R71)."""
+    """Twice does no harm, and a client that reports elsewhere meanwhile goes on doing so."""
     lm, other = make(), Collected()
     first = collected.watch(lm)
     second = other.watch(lm)
@@ -301,7 +301,7 @@ def test_closing_ends_it(collected, make, ask):
 
 
 def test_copies_are_traced_too(collected, make, ask):
-    """A rollout is the same client (R6)."""
+    """A rollout is the same client."""
     lm = make()
     with collected.watch(lm):
         ask(lm.copy(temperature=1.0), "a")
@@ -309,7 +309,7 @@ def test_copies_are_traced_too(collected, make, ask):
 
 
 def test_a_broken_span_processor_breaks_no_call(collected, make, ask, caplog):
-    """Somebody's bug must not become an outage; it is logged once (R13)."""
+    """Somebody's bug must not become an outage; it is logged once."""
 
     class Broken(SpanProcessor):
         def on_start(self, span, parent_context=None):
@@ -327,7 +327,7 @@ def test_a_broken_span_processor_breaks_no_call(collected, make, ask, caplog):
 
 
 def test_a_stream_is_one_span(collected, make):
-    """From request to its last chunk (R14)."""
+    """From request to its last chunk."""
     lm = make()
     program = dspy.streamify(dspy.Predict("question -> answer"))
 
@@ -355,7 +355,7 @@ def test_a_stream_is_one_span(collected, make):
 def test_providers_have_the_names_of_the_conventions(
     collected, make, model, provider_name, model_name
 ):
-    """LiteLLM's prefix is not always the conventions' name (R71)."""
+    """LiteLLM's prefix is not always the conventions' name."""
     lm = make(model, max_wait=0)
     lm.circuit.force_open()
     with collected.watch(lm), pytest.raises(CircuitOpenError):
@@ -366,7 +366,7 @@ def test_providers_have_the_names_of_the_conventions(
 
 
 def test_it_is_loaded_only_when_asked_for():
-    """`import dspy_resilient` needs no OpenTelemetry (R33)."""
+    """`import dspy_resilient` needs no OpenTelemetry."""
     code = (
         "import sys, dspy; before = 'opentelemetry.trace' in sys.modules; import dspy_resilient; "
         "raise SystemExit('opentelemetry.trace' in sys.modules and not before)"

@@ -16,7 +16,8 @@ import litellm
 import openai
 import pytest
 
-from dspy_resilient.providers import async_client, client, closing
+from dspy_resilient.providers import async_client, client
+from dspy_resilient.providers import http_close as closing
 from dspy_resilient.testing import Hold
 
 BASE = "http://127.0.0.1:1/v1"
@@ -31,7 +32,7 @@ def pooled(**changes):
 
 
 def test_the_same_configuration_gives_the_same_client():
-    """The order and case of headers do not matter, nor which of two equal timeouts it is (R34)."""
+    """The order and case of headers do not matter, nor which of two equal timeouts it is."""
     one = pooled(headers={"X-One": "1", "x-two": "2"}, timeout=httpx.Timeout(30, connect=5))
     assert one is pooled(headers={"X-Two": "2", "x-one": "1"}, timeout=httpx.Timeout(30, connect=5))
 
@@ -53,28 +54,28 @@ DIFFERENCES = [
 
 
 def test_any_difference_gives_another_client():
-    """30 and 30.0 differ, too (R34)."""
+    """30 and 30.0 differ, too."""
     clients = [pooled(), *(pooled(**changes) for changes in DIFFERENCES)]
     assert len({id(each) for each in clients}) == len(clients)
 
 
 @pytest.mark.parametrize("provider", ["openai", "groq", "cerebras", "hosted_vllm", "together_ai"])
 def test_whoever_speaks_openais_language_gets_its_sdk(provider):
-    """With key and address, and without retries (R34, R32)."""
+    """With key and address, and without retries."""
     made = pooled(provider=provider)
     assert isinstance(made, openai.OpenAI)
     assert (made.api_key, str(made.base_url), made.max_retries) == ("key", f"{BASE}/", 0)
 
 
 def test_azure_gets_its_own():
-    """Azure's addresses are made in another way (R34)."""
+    """Azure's addresses are made in another way."""
     made = pooled(provider="azure", api_version="2024-10-21")
     assert isinstance(made, openai.AzureOpenAI)
 
 
 @pytest.mark.parametrize("provider", ["anthropic", "gemini", "ollama"])
 def test_others_get_what_litellm_sends_through(provider):
-    """LiteLLM's own handler, with the headers that are wanted (R34)."""
+    """LiteLLM's own handler, with the headers that are wanted."""
     made = pooled(provider=provider, headers={"X": "1"}, timeout=7)
     assert isinstance(made, litellm.llms.custom_httpx.http_handler.HTTPHandler)
     assert made.client.headers["x"] == "1"
@@ -82,7 +83,7 @@ def test_others_get_what_litellm_sends_through(provider):
 
 
 def test_key_and_address_come_from_where_litellm_finds_them(monkeypatch):
-    """The environment, for one; who changes it gets another client (R34)."""
+    """The environment, for one; who changes it gets another client."""
     monkeypatch.setenv("GROQ_API_KEY", "from-env")
     first = client("groq")
     assert (first.api_key, str(first.base_url)) == ("from-env", "https://api.groq.com/openai/v1/")
@@ -105,7 +106,7 @@ def test_key_and_address_come_from_where_litellm_finds_them(monkeypatch):
     ],
 )
 def test_bad_configurations_are_refused(monkeypatch, wrong, error):
-    """By name of the setting; a key never goes to an address that nobody chose (R34)."""
+    """By name of the setting; a key never goes to an address that nobody chose."""
     monkeypatch.delenv("CEREBRAS_API_KEY", raising=False)
     with pytest.raises((TypeError, ValueError), match=error) as caught:
         pooled(**{"api_key": "my-secret", **wrong})
@@ -113,7 +114,7 @@ def test_bad_configurations_are_refused(monkeypatch, wrong, error):
 
 
 def test_nobody_holding_a_client_closes_it():
-    """The pool itself holds none (R34)."""
+    """The pool itself holds none."""
     made = pooled()
     http, gone = closing.http_client_of(made), weakref.ref(made)
     del made
@@ -123,7 +124,7 @@ def test_nobody_holding_a_client_closes_it():
 
 
 def test_a_request_under_way_holds_its_client(provider):
-    """Nothing is closed under it, though its caller has let go (R34)."""
+    """Nothing is closed under it, though its caller has let go."""
     hold = Hold()
     provider.script(hold)
     with ThreadPoolExecutor(1) as threads:
@@ -138,7 +139,7 @@ def test_a_request_under_way_holds_its_client(provider):
 
 
 def test_a_closed_client_is_replaced():
-    """By whomever it was closed (R34)."""
+    """By whomever it was closed."""
     first = pooled()
     first.close()
     second = pooled()
@@ -147,7 +148,7 @@ def test_a_closed_client_is_replaced():
 
 
 def test_racing_threads_get_one_client():
-    """And what the slower ones have made is closed (R34)."""
+    """And what the slower ones have made is closed."""
     start = threading.Barrier(16)
 
     def get(_):
@@ -160,7 +161,7 @@ def test_racing_threads_get_one_client():
 
 
 def test_each_loop_has_its_own_async_client(provider):
-    """Closed when the loop ends, also for who goes on holding it (R34)."""
+    """Closed when the loop ends, also for who goes on holding it."""
 
     async def get():
         settings = {"api_base": provider.api_base, "api_key": "key"}
@@ -178,7 +179,7 @@ def test_each_loop_has_its_own_async_client(provider):
 
 
 async def test_nobody_holding_an_async_client_closes_it(provider):
-    """On its loop, wherever the collector happens to run (R34)."""
+    """On its loop, wherever the collector happens to run."""
     made = async_client("openai", api_base=provider.api_base, api_key="key")
     await made.chat.completions.create(model="test", messages=QUESTION)
     http = closing.http_client_of(made)
@@ -192,7 +193,7 @@ async def test_nobody_holding_an_async_client_closes_it(provider):
 
 
 def test_litellm_sends_through_a_pooled_client(provider):
-    """Whatever the timeout: plain LiteLLM opens a connection for each (R34)."""
+    """Whatever the timeout: plain LiteLLM opens a connection for each."""
     lent = client("openai", api_base=provider.api_base, api_key="key")
     for timeout in (11.5, 12.5, 13.5):
         answer = litellm.completion(
@@ -203,7 +204,7 @@ def test_litellm_sends_through_a_pooled_client(provider):
 
 
 def test_a_session_of_the_users_stays_open(monkeypatch):
-    """What LiteLLM was told to send everything through is not ours to close (R34)."""
+    """What LiteLLM was told to send everything through is not ours to close."""
     with httpx.Client() as session:
         monkeypatch.setattr(litellm, "client_session", session)
         pooled(api_key="through-a-session")
@@ -214,7 +215,7 @@ def test_a_session_of_the_users_stays_open(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_has_clients_of_its_own(provider):
-    """And letting go of the parent's closes nothing of the parent's (R8, R34)."""
+    """And letting go of the parent's closes nothing of the parent's."""
     settings = {"api_base": provider.api_base, "api_key": "key"}
     ours = client("openai", **settings)
     ours.chat.completions.create(model="test", messages=QUESTION)
@@ -233,7 +234,7 @@ def test_a_forked_child_has_clients_of_its_own(provider):
 
 @pytest.mark.timeout(100)
 def test_clients_still_held_are_closed_at_exit():
-    """Without a warning, sync and async (R34)."""
+    """Without a warning, sync and async."""
     script = """if True:
         import asyncio
         from dspy_resilient.providers import async_client, client

@@ -1,4 +1,4 @@
-"""Several processes work from one parent's client, however they are started (R8, R60).
+"""Several processes work from one parent's client, however they are started.
 
 `PROCESSES` sets how many are spawned: each of them imports DSPy and LiteLLM, which takes seconds.
 """
@@ -26,7 +26,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_processes_work_from_a_pickled_client(make, provider, method):
-    """Each has a client of the same policies, and its key from the environment (R6, R7)."""
+    """Each has a client of the same policies, and its key from the environment."""
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"needs {method}")
     provider.answer = lambda body: body["messages"][-1]["content"].upper()
@@ -58,7 +58,7 @@ def in_child(work):
 
 @needs_fork
 def test_four_forked_children_use_the_client_while_its_parent_is_busy(make):
-    """Whatever the parent has under way, holds and waits for does not exist there (R8, R60)."""
+    """Whatever the parent has under way, holds and waits for does not exist there."""
     hold = Hold()
     with Provider("Paris", faults=[hold]) as provider, ThreadPoolExecutor(4) as pool:
         lm = make(api_base=provider.api_base, limits=1)
@@ -85,7 +85,7 @@ def test_four_forked_children_use_the_client_while_its_parent_is_busy(make):
 
 @needs_fork
 def test_named_clients_work_in_a_forked_child(provider):
-    """It closes its own, and the parent's go on (R8, R61)."""
+    """It closes its own, and the parent's go on."""
     with Clients(grace=1) as clients:
         options = {"api_base": provider.api_base, "api_key": "k", "cache": False}
         clients.start("fast", "openai/test", **options)

@@ -39,7 +39,7 @@ def scrape():
 
 
 def test_a_scrape_shows_what_happened(scrape, make, provider, ask):
-    """Calls, hits, failures by kind, refusals by reason, savings and answer times (R71)."""
+    """Calls, hits, failures by kind, refusals by reason, savings and answer times."""
     lm = make(name="fast", retry=RetryPolicy(base=0.0), max_wait=0)
     provider.script(None, Status(500), rate_limited("0.1"), None, Truncated())
     for prompt in ("a", "a", "b", "c"):
@@ -66,7 +66,7 @@ def test_a_scrape_shows_what_happened(scrape, make, provider, ask):
 
 
 def test_buckets_add_up(scrape, make):
-    """They grow, and the last one holds every answer (R71)."""
+    """They grow, and the last one holds every answer."""
     lm = make(name="fast", cache=False)
     for _ in range(3):
         lm("a")
@@ -77,7 +77,7 @@ def test_buckets_add_up(scrape, make):
 
 
 def test_each_circuit_shows_its_state(scrape, make):
-    """Exactly one state is 1, for the primary and for each fallback (R71)."""
+    """Exactly one state is 1, for the primary and for each fallback."""
     lm = make(name="fast", fallbacks=["openai/other"])
     first, second = lm.circuits
     lm.circuits[second].trip()
@@ -93,7 +93,7 @@ def test_each_circuit_shows_its_state(scrape, make):
 
 
 def test_copies_count_once_and_namesakes_together(scrape, make):
-    """No series comes twice, however many clients share a name (R6, R71)."""
+    """No series comes twice, however many clients share a name."""
     lm, namesake = make(name="fast"), make(name="fast")
     lm("a")
     namesake("b")
@@ -105,7 +105,7 @@ def test_copies_count_once_and_namesakes_together(scrape, make):
 
 
 def test_a_collection_is_looked_through_at_every_scrape(scrape, make):
-    """Clients that are started later are seen (R71)."""
+    """Clients that are started later are seen."""
     clients = []
     assert not any(key[0].endswith("calls_total") for key in scrape(clients))
     clients.append(make(name="late"))
@@ -113,7 +113,7 @@ def test_a_collection_is_looked_through_at_every_scrape(scrape, make):
 
 
 def test_named_clients_are_a_collection(scrape, provider):
-    """`Clients` is given as it is (R71)."""
+    """`Clients` is given as it is."""
     with Clients() as clients:
         scrape(clients)
         clients.start("fast", "openai/test", api_base=provider.api_base, api_key="k")("a")
@@ -128,12 +128,12 @@ def test_what_is_no_client_is_refused(wrong):
 
 
 def test_a_hostile_name_is_a_label_like_any_other(scrape, make):
-    """Quotes and line breaks in a model's name spoil no scrape (R71)."""
+    """Quotes and line breaks in a model's name spoil no scrape."""
     name = 'a"b\\c\nd{e="f"} 1'
     assert scrape(make(name=name))["dspy_resilient_calls_total", name] == 0
 
 
 def test_it_is_loaded_only_when_asked_for():
-    """`import dspy_resilient` needs no Prometheus (R33)."""
+    """`import dspy_resilient` needs no Prometheus."""
     code = "import sys, dspy_resilient; raise SystemExit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -83,7 +83,7 @@ OURS = ("litellm_call_id", "litellm_metadata", "dspy_resilient", "max_retries", 
 
 
 def test_an_answer_takes_one_request_with_nothing_of_ours_in_it(provider, lm, ask):
-    """No tag in path, headers or body (R30, R32)."""
+    """No tag in path, headers or body."""
     (answer,) = ask(lm, "?")
     assert (answer["text"] if isinstance(answer, dict) else answer) == "Paris"
     (request,) = sent(provider)
@@ -93,7 +93,7 @@ def test_an_answer_takes_one_request_with_nothing_of_ours_in_it(provider, lm, as
 
 
 def test_a_tool_call_comes_back(provider, prefix, model_type, lm, ask):
-    """In each dialect (R5, R30)."""
+    """In each dialect."""
     provider.answer = {"tool_calls": [{"name": "find", "arguments": {"city": "Paris"}}]}
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
     tool = {"name": "find", "parameters": parameters}
@@ -116,7 +116,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failure_takes_one_request_and_trips_its_circuit(provider, prefix, lm, ask, fault):
-    """Its own only, and only what is the provider's fault does (R30, R32, R62)."""
+    """Its own only, and only what is the provider's fault does."""
     fault, state = FAULTS[fault]
     provider.always(fault)
     with client(prefix, provider) as other, pytest.raises(dspy.LMError):
@@ -127,7 +127,7 @@ def test_a_failure_takes_one_request_and_trips_its_circuit(provider, prefix, lm,
 
 
 def test_a_wait_that_was_asked_for_is_known(provider, lm, ask):
-    """From whatever header LiteLLM has kept (R28)."""
+    """From whatever header LiteLLM has kept."""
     provider.always(rate_limited(retry_after=7))
     with pytest.raises(dspy.LMRateLimitError) as caught:
         ask(lm, "?")
@@ -135,7 +135,7 @@ def test_a_wait_that_was_asked_for_is_known(provider, lm, ask):
 
 
 def test_a_reset_connection_is_one_failure(request, provider, prefix, model_type, lm, ask):
-    """Though LiteLLM may send again before it says so (R32)."""
+    """Though LiteLLM may send again before it says so."""
     provider.always(Reset())
     with pytest.raises(dspy.LMError):
         ask(lm, "?")
@@ -146,7 +146,7 @@ def test_a_reset_connection_is_one_failure(request, provider, prefix, model_type
 
 
 def test_a_refused_connection_trips_the_circuit(provider, lm, ask):
-    """Nobody listens there (R30)."""
+    """Nobody listens there."""
     provider.down("refuse")
     with pytest.raises(dspy.LMError):
         ask(lm, "?")
@@ -171,7 +171,7 @@ def streaming(prefix, provider):
 
 
 def test_a_stream_takes_one_request_with_nothing_of_ours_in_it(provider, streaming):
-    """No tag either (R14, R30, R32)."""
+    """No tag either."""
     assert asyncio.run(stream(streaming)) == "Paris"
     (request,) = sent(provider)
     on_the_wire = f"{request.path} {dict(request.headers)} {request.body}"
@@ -181,7 +181,7 @@ def test_a_stream_takes_one_request_with_nothing_of_ours_in_it(provider, streami
 
 @pytest.mark.parametrize("fault", [Status(500), CutStream(1)], ids=["500", "cut"])
 def test_a_stream_that_fails_takes_one_request_and_trips_the_circuit(provider, streaming, fault):
-    """Before its first chunk and after (R14, R30)."""
+    """Before its first chunk and after."""
     provider.always(fault)
     with pytest.raises(dspy.LMError):
         asyncio.run(stream(streaming))
@@ -190,7 +190,7 @@ def test_a_stream_that_fails_takes_one_request_and_trips_the_circuit(provider, s
 
 
 def test_calls_share_a_connection(provider, lm):
-    """Sync ones, and those on one loop (R34)."""
+    """Sync ones, and those on one loop."""
 
     async def calls():
         for _ in range(3):

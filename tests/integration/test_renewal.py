@@ -13,7 +13,8 @@ import litellm
 import openai
 import pytest
 
-from dspy_resilient.providers import Connections, cached, closing
+from dspy_resilient.providers import Connections, cached
+from dspy_resilient.providers import http_close as closing
 from dspy_resilient.testing import Hold
 
 KEY = "dummy-key-for-tests"
@@ -44,7 +45,7 @@ def lm(request, make):
 
 
 def test_calls_in_a_row_share_a_connection(lm, provider):
-    """Text completions too, for which plain LiteLLM opens one each (R34)."""
+    """Text completions too, for which plain LiteLLM opens one each."""
     for _ in range(5):
         lm("?")
     assert provider.connections == 1
@@ -58,7 +59,7 @@ def test_calls_in_a_row_share_a_connection(lm, provider):
 
 
 def test_a_renewed_client_opens_a_new_connection(lm, provider):
-    """And closes the old one (R34, R60)."""
+    """And closes the old one."""
     lm("?")
     (before,) = clients(provider.url)
     lm._runtime.connections.renew()
@@ -69,7 +70,7 @@ def test_a_renewed_client_opens_a_new_connection(lm, provider):
 
 
 async def test_a_renewed_client_opens_a_new_connection_on_its_loop(lm, provider):
-    """The same for async calls; the old one is closed on its own loop (R34, R60)."""
+    """The same for async calls; the old one is closed on its own loop."""
     await lm.acall("?")
     (before,) = clients(provider.url)
     await asyncio.to_thread(lm._runtime.connections.renew)
@@ -79,7 +80,7 @@ async def test_a_renewed_client_opens_a_new_connection_on_its_loop(lm, provider)
 
 
 def test_nothing_is_closed_under_a_call(lm, provider, ask):
-    """A call that is under way when its client is renewed gets its answer (R34, R60)."""
+    """A call that is under way when its client is renewed gets its answer."""
     hold = Hold()
     provider.script(hold)
     with ThreadPoolExecutor(1) as pool:
@@ -93,7 +94,7 @@ def test_nothing_is_closed_under_a_call(lm, provider, ask):
 
 
 def test_the_last_user_closes_a_retired_client(provider, make):
-    """Not sooner, and not later either (R34)."""
+    """Not sooner, and not later either."""
     lm, hold = make(cache=False), Hold()
     lm("?")
     (client,) = clients(provider.url)
@@ -109,7 +110,7 @@ def test_the_last_user_closes_a_retired_client(provider, make):
 
 
 def test_renewing_leaves_other_clients_alone(provider, make):
-    """Another configuration's connections stay open (R34, R62)."""
+    """Another configuration's connections stay open."""
     ours, other = make(cache=False), make(cache=False, api_key="another-key")
     ours("?")
     other("?")
@@ -119,7 +120,7 @@ def test_renewing_leaves_other_clients_alone(provider, make):
 
 
 def test_a_client_that_somebody_else_uses_is_left_to_them(provider, make):
-    """A raw LiteLLM call may hold it without our knowing (R34)."""
+    """A raw LiteLLM call may hold it without our knowing."""
     lm = make(cache=False, timeout=30)
     messages = [{"role": "user", "content": "?"}]
     settings = {"api_base": provider.api_base, "api_key": KEY, "timeout": 30, "max_retries": 0}
@@ -132,7 +133,7 @@ def test_a_client_that_somebody_else_uses_is_left_to_them(provider, make):
 
 
 def test_what_an_attempt_has_started_is_somebody_else_once_that_is_over(provider, make):
-    """A task or a timer goes on in the attempt's context (R34)."""
+    """A task or a timer goes on in the attempt's context."""
     lm, contexts = make(cache=False, timeout=30), []
     messages = [{"role": "user", "content": "?"}]
     settings = {"api_base": provider.api_base, "api_key": KEY, "timeout": 30, "max_retries": 0}
@@ -147,7 +148,7 @@ def test_what_an_attempt_has_started_is_somebody_else_once_that_is_over(provider
 
 
 def test_a_use_that_nobody_could_end_counts_no_more(provider, make):
-    """Ctrl-C may strike before it ends, and leaves it in the thread's context (R34)."""
+    """Ctrl-C may strike before it ends, and leaves it in the thread's context."""
     lm = make(cache=False, timeout=30)
     messages = [{"role": "user", "content": "?"}]
     settings = {"api_base": provider.api_base, "api_key": KEY, "timeout": 30, "max_retries": 0}
@@ -169,7 +170,7 @@ def test_a_use_that_nobody_could_end_counts_no_more(provider, make):
 
 
 def test_what_litellm_drops_is_closed(provider, make):
-    """An expired client goes with its last user, not under it (R34)."""
+    """An expired client goes with its last user, not under it."""
     lm, hold = make(cache=False), Hold()
     provider.script(hold)
     with ThreadPoolExecutor(1) as pool:
@@ -190,7 +191,7 @@ def test_what_litellm_drops_is_closed(provider, make):
 
 
 def test_racing_threads_leave_nothing_to_the_collector(provider, make):
-    """Each makes a client, one is kept, and the others are closed without a warning (R34)."""
+    """Each makes a client, one is kept, and the others are closed without a warning."""
     start = threading.Barrier(8)
 
     def call(lm):
@@ -205,7 +206,7 @@ def test_racing_threads_leave_nothing_to_the_collector(provider, make):
 
 
 def test_a_use_that_has_ended_counts_no_more():
-    """Nor does one that ends twice (R34)."""
+    """Nor does one that ends twice."""
     connections = Connections()
     use = connections.use()
     use.end()

@@ -33,8 +33,7 @@ from dspy_resilient import (
     RetryPolicy,
     providers,
 )
-from dspy_resilient.circuit import ThrottleGate
-from dspy_resilient.limits import Limiter
+from dspy_resilient.limits import Limiter, ThrottleGate
 from dspy_resilient.limits.slot import State
 from dspy_resilient.testing import Chaos, Hang, Provider, dspy_answers
 
@@ -315,7 +314,7 @@ def soaked(calls, seed):
         run(soak)
         provider.always(None)
     for runtime in soak.runtimes:
-        runtime.under_way.end_stranded()  # as whoever waits for something does, or health()
+        runtime.in_flight.end_stranded()  # as whoever waits for something does, or health()
     asyncio.run(providers.tend())  # as the next loop does that sends something, or the end
     return soak
 
@@ -374,7 +373,7 @@ def _target(descriptor):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited:RuntimeWarning")
 def test_every_call_has_one_outcome_and_nothing_is_left(monkeypatch):
-    """No permit, pass, slot, flight, future, thread, task or socket (R8, R21, R44, R53, R60, R61)."""
+    """No permit, pass, slot, flight, future, thread, task or socket."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's holds what it reports
     soaked(100, SEED)  # what the process opens once and keeps
     before, running = descriptors(), threads()
@@ -389,14 +388,14 @@ def test_every_call_has_one_outcome_and_nothing_is_left(monkeypatch):
     assert waited_for(lambda: threads() <= running), threads() - running
     assert held.left() == []
     for runtime in soak.runtimes:
-        assert len(runtime.under_way) == 0
+        assert len(runtime.in_flight) == 0
         assert len(runtime.flights) == 0
         for route in runtime.all_routes():
             assert route.limiter is None or (route.limiter.in_use, route.limiter.queued) == (0, 0)
-            assert route.gate._open or route.gate._places._leases == {}
-            assert route.gate._signals._line == {}
+            assert route.gate._open or route.gate._leases._leases == {}
+            assert route.gate._notifier._line == {}
             if route.circuit is not None:
-                assert route.circuit._signals._line == {}
+                assert route.circuit._notifier._line == {}
     if "SOAK_REPORT" in os.environ:
         restarts = sum(runtime.totals().restarts for runtime in soak.runtimes)
         print(f"\n{CALLS} calls in {seconds:.0f} s: {dict(soak.outcomes.most_common())}")

@@ -27,7 +27,7 @@ def text_of(found):
 
 
 class MemoryModel(RuleBasedStateMachine):
-    """Bounded, ageing, least recently used out first (R40, R45)."""
+    """Bounded, ageing, least recently used out first."""
 
     @initialize(
         size=st.integers(1, 4),
@@ -111,7 +111,7 @@ class MemoryModel(RuleBasedStateMachine):
 
 
 class DiskModel(RuleBasedStateMachine):
-    """What is on disk survives restarts, and obeys ttl, eviction and clearing (R42, R45, R46)."""
+    """What is on disk survives restarts, and obeys ttl, eviction and clearing."""
 
     TTL, STALE = 10.0, 5.0
 

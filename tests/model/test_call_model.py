@@ -20,11 +20,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from dspy_resilient import CircuitPolicy, LimitPolicy, ResilientLM, RetryPolicy
 from dspy_resilient.cache import Answer
-from dspy_resilient.call import complete
-from dspy_resilient.fallbacks import Fallbacks
-from dspy_resilient.runtime import Runtime
-from dspy_resilient.steps import Disk, Prepare, Wait
-from dspy_resilient.target import Target
+from dspy_resilient.pipeline.call import complete
+from dspy_resilient.pipeline.client import ClientState
+from dspy_resilient.pipeline.state import Disk, Prepare, Wait
+from dspy_resilient.targets.fallbacks import Fallbacks
+from dspy_resilient.targets.target import Target
 from dspy_resilient.testing import Clock
 
 WHICH = st.integers(0, 30)  # one of the calls there are
@@ -89,7 +89,7 @@ class CallMachine(RuleBasedStateMachine):
             deadline=deadline,
         )
         self.limits = limits
-        self.client = lm._runtime = Runtime(lm._runtime.options, clock=self.clock)
+        self.client = lm._runtime = ClientState(lm._runtime.options, clock=self.clock)
         self.client.ready = lambda: True
         self.client.random = lambda: luck
         lm._primary = Target(lm, self.client.routes, self.client, dspy.LM, lm.history)
@@ -192,7 +192,7 @@ class CallMachine(RuleBasedStateMachine):
         in_line = 0
         for route in self.client.all_routes():
             parts = [part for part in (route.gate, route.circuit, route.access) if part is not None]
-            in_line += sum(part._signals.waiting for part in parts) + route.limiter.queued
+            in_line += sum(part._notifier.waiting for part in parts) + route.limiter.queued
         assert in_line <= waiting
 
     def teardown(self):
@@ -216,8 +216,8 @@ class CallMachine(RuleBasedStateMachine):
         for route in self.client.all_routes():
             for part in (route.gate, route.circuit, route.access):
                 if part is not None:
-                    assert part._places.taken(-math.inf) == 0
-                    assert part._signals.waiting == 0
+                    assert part._leases.taken(-math.inf) == 0
+                    assert part._notifier.waiting == 0
             assert (route.limiter.in_use, route.limiter.queued) == (0, 0)
             assert route.limiter._queued_tokens == 0
             assert 0 <= route.budget.level <= 60

@@ -180,7 +180,7 @@ class CircuitMachine(RuleBasedStateMachine):
         self.line = []
 
     def check_line(self, *, owed):
-        """Nobody waits uncalled for a place that a report, a hand or a leaver has made free (R27).
+        """Nobody waits uncalled for a place that a report, a hand or a leaver has made free.
 
         One that time has made free is not `owed`: for that, each waiter has its `recheck_time`.
         """
@@ -335,7 +335,7 @@ class CircuitMachine(RuleBasedStateMachine):
                 assert isinstance(before, (CircuitOpened, CircuitHalfOpened))
 
     def teardown(self):
-        """Whatever happened, healthy probes close it in the end: it is never stuck (R24)."""
+        """Whatever happened, healthy probes close it in the end: it is never stuck."""
         if not hasattr(self, "breaker"):
             return
         self.breaker.auto()

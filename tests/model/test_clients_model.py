@@ -1,4 +1,4 @@
-"""A naive model beside `Clients`: whatever is started, replaced, stopped, broken and closed (R61)."""
+"""A naive model beside `Clients`: whatever is started, replaced, stopped, broken and closed."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from dspy_resilient.circuit import GatePass, ThrottleGate
+from dspy_resilient.limits import GatePass, ThrottleGate
 from dspy_resilient.testing import Clock
 
 FULL = 64
@@ -52,11 +52,11 @@ class Model:
     line: list = field(default_factory=list)
     called: set = field(default_factory=set)
 
-    def under_way(self, now):
+    def in_flight(self, now):
         return sum(call.holds(self.era, now) for call in self.calls)
 
     def wait(self, now):
-        if self.open or (now >= self.until and self.under_way(now) < self.allowance):
+        if self.open or (now >= self.until and self.in_flight(now) < self.allowance):
             return 0
         return self.until - now if now < self.until else math.inf
 
@@ -81,7 +81,7 @@ class Model:
         if now < self.until:
             return
         self.allowance *= 2
-        busy = self.under_way(now)
+        busy = self.in_flight(now)
         if self.allowance >= max(FULL, busy + len(self.line)):
             self.open = True
             self.call_waiters()
@@ -222,7 +222,7 @@ class GateMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_opens_before_its_time(self):
-        """Whatever is answered meanwhile (R28)."""
+        """Whatever is answered meanwhile."""
         assert self.clock() + self.gate.wait_time() >= self.promised
 
     @invariant()

@@ -1,4 +1,4 @@
-"""Provider clients against two naive models: the pool's, and LiteLLM's under our leases (R34)."""
+"""Provider clients against two naive models: the pool's, and LiteLLM's under our leases."""
 
 from __future__ import annotations
 

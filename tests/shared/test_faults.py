@@ -351,7 +351,7 @@ def work(api_base, url, answered, stop):
 
 
 def test_a_429_of_one_process_holds_up_all(provider, valkey):
-    """From when everybody knows until the provider's pause is over, nobody sends (R28)."""
+    """From when everybody knows until the provider's pause is over, nobody sends."""
     stop = forked.Event()
     answered = [forked.Value("i", 0, lock=False) for _ in range(PROCESSES)]
     workers = [

@@ -32,7 +32,7 @@ def until(holds, seconds=30.0):
 
 def worker(mode, api_base, url, answered, stop):
     """Call all the time, as a worker of a service would; count the answers."""
-    lm = ResilientLM("openai/test", name="fleet", circuit=POLICY, shared=url,
+    lm = ResilientLM("openai/test", name="shared_state", circuit=POLICY, shared=url,
                      api_base=api_base, **ONCE)  # fmt: skip
 
     def call():
@@ -70,7 +70,7 @@ def worker(mode, api_base, url, answered, stop):
 
 
 @contextmanager
-def fleet(mode, api_base, url):
+def shared_state(mode, api_base, url):
     """Run the workers; yields what each has answered so far, as shared numbers."""
     stop = forked.Event()
     answered = [forked.Value("i", 0, lock=False) for _ in range(PROCESSES)]
@@ -99,7 +99,7 @@ def test_an_outage_costs_the_threshold_and_what_was_under_way(provider, valkey, 
     """
     crowd = PROCESSES * CALLERS  # of whom a few may be held before `count` is read
     down, gate = Hold(then=Status(500)), Hold()
-    with fleet(mode, provider.api_base, valkey.url) as answered, released(down, gate):
+    with shared_state(mode, provider.api_base, valkey.url) as answered, released(down, gate):
         until(lambda: all(each.value > 0 for each in answered), 60)
         provider.always(down)
         count = provider.count
@@ -148,7 +148,7 @@ def until_open(valkey):
 
 
 def worker_that_probes(api_base, url):
-    lm = ResilientLM("openai/test", name="fleet", circuit=LEASED, shared=url,
+    lm = ResilientLM("openai/test", name="shared_state", circuit=LEASED, shared=url,
                      api_base=api_base, **ONCE)  # fmt: skip
     while True:
         try:
@@ -163,8 +163,8 @@ LEASED = CircuitPolicy(failure_threshold=1, recovery_time=0.5, jitter=0, probe_l
 def test_the_place_of_a_killed_probe_is_free_when_its_lease_is_over(
     provider, valkey, patient, make
 ):
-    """SIGKILL of the process that holds the only probe blocks the others for the lease (R24)."""
-    lm = make(name="fleet", circuit=LEASED, shared=valkey.url, **ONCE)
+    """SIGKILL of the process that holds the only probe blocks the others for the lease."""
+    lm = make(name="shared_state", circuit=LEASED, shared=valkey.url, **ONCE)
     lm("q")
     lm.circuit.trip()
     until(lambda: valkey.client().keys("*circuit"))
@@ -217,7 +217,7 @@ def full(server):
 
 @pytest.mark.parametrize("fault", [kill, pause, wrong_type, full])
 def test_calls_go_on_without_the_store_and_find_it_again(provider, make, mortal, ask, fault):
-    """Killed, stopped, full, or something else under our key: one event each way, no error (R12)."""
+    """Killed, stopped, full, or something else under our key: one event each way, no error."""
     server, told = mortal(), []
     lm = make(shared=server.url, on_event=told.append, circuit=LEASED, **ONCE)
 
@@ -292,6 +292,6 @@ def test_a_restarted_server_is_sent_the_script_again(provider, valkey, patient, 
 
 
 def script_name():
-    from dspy_resilient.shared.scripts import CIRCUIT
+    from dspy_resilient.shared.redis_scripts import CIRCUIT
 
     return CIRCUIT.sha

@@ -51,7 +51,7 @@ def fail(ask, lm, times):
 
 
 def test_clients_spend_one_budget(provider, make, shared, patient, ask):
-    """What here has been spent on retries, there is not any more (R50)."""
+    """What here has been spent on retries, there is not any more."""
     here, there = (make(shared=shared, retry=TWO_RETRIES, **ONCE) for _ in range(2))
     provider.always(Status(500))
     fail(ask, here, 2)
@@ -62,7 +62,7 @@ def test_clients_spend_one_budget(provider, make, shared, patient, ask):
 
 
 def test_successes_pay_for_retries_elsewhere(provider, make, shared, patient, ask):
-    """Fourteen clean answers here, and there is a retry again there (R50)."""
+    """Fourteen clean answers here, and there is a retry again there."""
     here, there = (make(shared=shared, retry=TWO_RETRIES, **ONCE) for _ in range(2))
     provider.always(Status(500))
     fail(ask, here, 2)
@@ -84,7 +84,7 @@ def _told(lm):
 
 
 def test_without_the_store_the_budget_is_this_process_s(provider, make, mortal, ask):
-    """It is spent as ever, and the store is told when it is back (R12)."""
+    """It is spent as ever, and the store is told when it is back."""
     server = mortal()
     here = make(shared=server.url, retry=TWO_RETRIES, **ONCE)
     assert ask(here, "q") == ["Paris"]
@@ -119,7 +119,7 @@ def work(api_base, url, start):
 
 
 def test_an_outage_costs_the_retries_of_one_budget(provider, valkey):
-    """However many processes: 35 retries, and those decided on before hearing of them (R50).
+    """However many processes: 35 retries, and those decided on before hearing of them.
 
     Budgets of their own would pay for 35 retries in each.
     """
@@ -206,7 +206,7 @@ class Away:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_several_budgets_are_one_if_everybody_hears_at_once(seed):
-    """Random takes and refunds in three places: all levels are those of one plain budget (R50)."""
+    """Random takes and refunds in three places: all levels are those of one plain budget."""
     pick, store = random.Random(seed), MemoryStore()
     model, courier = RetryBudget(60), Errands(store)
     budgets = [SharedBudget(courier, "k", 60) for _ in range(3)]
@@ -246,7 +246,7 @@ def test_what_is_done_between_two_reports_counts_as_done_in_that_order(seed):
 
 
 def test_a_budget_of_none_leaves_that_of_others_alone():
-    """Clients of one name may have different policies; 0 means no retries here (R50)."""
+    """Clients of one name may have different policies; 0 means no retries here."""
     courier = Errands(MemoryStore())
     here, there = SharedBudget(courier, "k", 0), SharedBudget(courier, "k", 28)
     assert there.take()

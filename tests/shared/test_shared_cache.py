@@ -65,7 +65,7 @@ def entries(client):
 
 
 def test_an_answer_paid_for_here_is_a_hit_there(provider, pair, ask):
-    """One request in all; the other client's numbers and history show a hit (R43)."""
+    """One request in all; the other client's numbers and history show a hit."""
     here, there = pair()
     assert ask(here, "q") == ask(there, "q") == ["Paris"]
     assert provider.count == 1
@@ -101,7 +101,7 @@ def test_what_lies_there_is_an_answer_that_expires(provider, make, client, valke
 
 
 def test_ttl_counts_by_the_clock_of_the_store(provider, pair, ask):
-    """An answer is as old there as it is here; an expired one helps out in an outage (R45)."""
+    """An answer is as old there as it is here; an expired one helps out in an outage."""
     here, there = pair(CachePolicy(shared=True, disk=None, ttl=0.5, stale_if_error=60))
     ask(here, "q")
     time.sleep(0.6)
@@ -112,7 +112,7 @@ def test_ttl_counts_by_the_clock_of_the_store(provider, pair, ask):
 
 
 def test_an_unparsable_answer_goes_from_the_store_too(provider, pair):
-    """Trying again asks the provider again, wherever that is done (R42)."""
+    """Trying again asks the provider again, wherever that is done."""
     here, there = pair()
     provider.answer = "no json at all"
     predict = dspy.Predict("question -> number: int")
@@ -142,7 +142,7 @@ def test_a_cleared_cache_is_cleared_for_everybody(provider, pair, ask):
 
 
 def test_what_may_not_be_cached_is_not_shared(provider, pair, ask):
-    """Truncated answers stay out (R42)."""
+    """Truncated answers stay out."""
     here, there = pair()
     provider.script(Truncated())
     ask(here, "q")
@@ -151,7 +151,7 @@ def test_what_may_not_be_cached_is_not_shared(provider, pair, ask):
 
 
 def test_tenants_and_names_share_no_answers(provider, make, pair, shared, ask):
-    """Another key, another name: another answer (R41)."""
+    """Another key, another name: another answer."""
     here, there = pair()
     other = make(shared=shared, cache=SHARED, name="other")
     ask(here, "q")
@@ -282,7 +282,7 @@ def test_no_value_crashes_a_call(provider, make, client, valkey, patient):
 
 
 def test_a_store_that_hangs_costs_one_call_its_patience(provider, make, mortal, ask):
-    """The first waits a quarter of a second; until it is back nobody else does (R12)."""
+    """The first waits a quarter of a second; until it is back nobody else does."""
     server, told = mortal(), []
     lm = make(shared=server.url, cache=SHARED, on_event=told.append, circuit=False, **NAMED)
     ask(lm, "q")
@@ -339,7 +339,7 @@ def test_a_shared_cache_needs_a_store():
 
 
 def test_a_saved_client_shares_its_cache_again(valkey):
-    """With the address; and if that had a password, until it is given again, with nobody (R7)."""
+    """With the address; and if that had a password, until it is given again, with nobody."""
     lm = ResilientLM("openai/x", shared=valkey.url, cache=SHARED)
     for again in (
         pickle.loads(pickle.dumps(lm)),

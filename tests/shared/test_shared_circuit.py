@@ -75,7 +75,7 @@ def test_failures_of_all_clients_count_together(provider, pair, ask):
 
 
 def test_a_success_anywhere_breaks_the_row(provider, pair, ask):
-    """Only failures in a row open it; successes are told with the next word to the store (R22)."""
+    """Only failures in a row open it; successes are told with the next word to the store."""
     here, there, *_ = pair()
     provider.script(Status(500), Status(500), None, Status(500), Status(500), None)
     fail(ask, here, 2)
@@ -153,7 +153,7 @@ def test_one_probe_in_all_and_recovery_everywhere(provider, pair, ask):
 
 
 def test_a_waiting_call_hears_of_the_recovery(provider, pair, ask):
-    """A call that waits for the circuit goes on though somebody else has closed it (R27)."""
+    """A call that waits for the circuit goes on though somebody else has closed it."""
     here, there, *_ = pair(max_wait=20)
     here.circuit.force_open("maintenance", seconds=15)
     time.sleep(2 * VIEW_AGE)
@@ -248,7 +248,7 @@ def test_a_circuit_of_ones_own_cannot_be_shared_too():
 
 
 def test_an_address_without_a_password_is_saved_and_one_with_is_not(valkey):
-    """A password is a credential: neither state nor pickle nor repr holds it (R7)."""
+    """A password is a credential: neither state nor pickle nor repr holds it."""
     plain = ResilientLM("openai/x", shared=valkey.url)
     assert plain.dump_state()["resilient"]["shared"] == valkey.url
     assert pickle.loads(pickle.dumps(plain))._runtime.options.shared == valkey.url
@@ -262,10 +262,15 @@ def test_an_address_without_a_password_is_saved_and_one_with_is_not(valkey):
             saved = json.dumps(lm.dump_state())
         with pytest.warns(UserWarning, match="shared"):
             pickled = pickle.dumps(lm)
-        shown = repr(lm) + repr(lm._runtime.options) + repr(lm._runtime.fleet._store) + lm.explain()
+        shown = (
+            repr(lm)
+            + repr(lm._runtime.options)
+            + repr(lm._runtime.shared_state._store)
+            + lm.explain()
+        )
         assert "s3cr3t-pw" not in saved + shown
         assert b"s3cr3t-pw" not in pickled
-        assert pickle.loads(pickled)._runtime.fleet is None
+        assert pickle.loads(pickled)._runtime.shared_state is None
 
 
 def test_a_users_own_client_is_used_and_left_open(provider, make, valkey, ask):

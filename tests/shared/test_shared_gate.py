@@ -46,7 +46,7 @@ def throttle(provider, lm, ask, seconds, **kwargs):
 
 @pytest.mark.parametrize("circuit", [True, False])
 def test_a_429_here_holds_up_calls_there(provider, make, shared, patient, ask, circuit):
-    """Nobody with the credential is sent before the pause is over; errors have all of it (R28)."""
+    """Nobody with the credential is sent before the pause is over; errors have all of it."""
     here, there = (make(shared=shared, circuit=circuit, **ONCE) for _ in range(2))
     throttle(provider, here, ask, 300)
     count = provider.count
@@ -57,7 +57,7 @@ def test_a_429_here_holds_up_calls_there(provider, make, shared, patient, ask, c
 
 
 def test_calls_there_go_on_when_the_pause_is_over(provider, make, shared, patient, ask):
-    """It is a pause, not an error, for whoever has the time (R28)."""
+    """It is a pause, not an error, for whoever has the time."""
     here, there = (make(shared=shared, deadline=30, **ONCE) for _ in range(2))
     provider.script(rate_limited(1.5))
     begun = time.monotonic()
@@ -85,7 +85,7 @@ def test_a_client_that_is_busy_hears_of_it_within_the_stated_time(
 
 
 def test_another_credential_is_not_held_up(provider, make, valkey, patient, ask):
-    """One tenant's quota never stops another, and the store learns no credential (R26)."""
+    """One tenant's quota never stops another, and the store learns no credential."""
     here, there = (make(shared=valkey.url, **ONCE) for _ in range(2))
     throttle(provider, here, ask, 300, api_key="key-of-one-tenant")
     assert ask(there, "q", api_key="key-of-another-tenant") == ["Paris"]
@@ -100,7 +100,7 @@ def test_another_credential_is_not_held_up(provider, make, valkey, patient, ask)
 
 
 def test_a_function_that_fetches_tokens_has_a_gate_of_its_own(make, shared):
-    """Two of them cannot be told apart, so that they are not taken for one (R26)."""
+    """Two of them cannot be told apart, so that they are not taken for one."""
     here, there = (make(shared=shared, **ONCE) for _ in range(2))
     gates = [gate_of(lm, api_key=lambda: "token") for lm in (here, there)]
     assert gates[0]._key != gates[1]._key
@@ -119,7 +119,7 @@ def test_a_reset_is_not_undone_by_the_store(provider, make, shared, patient, ask
 
 
 def test_an_attempt_is_not_sent_when_the_answer_closes_the_gate(provider, make, store, ask):
-    """A permit of the circuit that was given meanwhile is given back (R11)."""
+    """A permit of the circuit that was given meanwhile is given back."""
     lm = make(shared=store, **ONCE)
     store.throttle(gate_of(lm)._key, ThrottleReport(seconds=60, hint=300))
     with pytest.raises(ThrottledError):
@@ -129,7 +129,7 @@ def test_an_attempt_is_not_sent_when_the_answer_closes_the_gate(provider, make, 
 
 
 def test_without_the_store_the_gate_is_this_process_s(provider, make, mortal, ask):
-    """It closes and opens as ever, and is told when the store is back (R12)."""
+    """It closes and opens as ever, and is told when the store is back."""
     server, told = mortal(), []
     here = make(shared=server.url, on_event=told.append, **ONCE)
     ask(here, "q")

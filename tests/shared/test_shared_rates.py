@@ -69,7 +69,7 @@ def pair(make, shared, patient):
 
 
 def test_clients_keep_within_one_rate(provider, pair, ask):
-    """What goes out here cannot go out there; who cannot wait is told for how long (R53)."""
+    """What goes out here cannot go out there; who cannot wait is told for how long."""
     here, there = pair(SLOW)
     there = there.copy(deadline=0.5)
     assert ask(here, "q") == ["Paris"]
@@ -82,7 +82,7 @@ def test_clients_keep_within_one_rate(provider, pair, ask):
 
 
 def test_calls_go_when_the_store_has_said_they_may(provider, pair, ask):
-    """Four more than a full rate holds take as long as they must, in however many places (R53)."""
+    """Four more than a full rate holds take as long as they must, in however many places."""
     here, there = pair(LimitPolicy(rpm=120))
     started = time.monotonic()
     for lm in [here, there] * 7:
@@ -92,7 +92,7 @@ def test_calls_go_when_the_store_has_said_they_may(provider, pair, ask):
 
 
 def test_tokens_that_were_not_used_are_there_for_others(provider, pair, ask):
-    """An estimate is put right with the usage; what was too much goes back at once (R53)."""
+    """An estimate is put right with the usage; what was too much goes back at once."""
     here, there = pair(LimitPolicy(tpm=12_000), max_tokens=1000, deadline=20.0)
     ask(here, "q")
     until(lambda: full_in(here, "tokens") < 0.1)
@@ -127,7 +127,7 @@ def test_refused_calls_take_nothing_and_ask_seldom(provider, make, valkey, patie
 
 
 def test_another_credential_has_rates_of_its_own(provider, make, pair, ask):
-    """One tenant's quota never stops another (R26)."""
+    """One tenant's quota never stops another."""
     here, there = pair(SLOW)
     ask(here, "q", api_key="key-of-one-tenant")
     assert ask(there, "q", api_key="key-of-another-tenant") == ["Paris"]
@@ -255,7 +255,7 @@ class Simulation:
         self.pick, self.now = random.Random(seed), Clock(1000.0)
         self.clock, self.contact = self.now, SimpleNamespace(note=lambda *_: None)
         self.store = MemoryStore(clock=self.now)
-        self.trips, self.watched, self.waiting, self.under_way, self.sent = [], set(), [], [], []
+        self.trips, self.watched, self.waiting, self.in_flight, self.sent = [], set(), [], [], []
         self.limiters = [
             Limiter(
                 LimitPolicy(rpm=rpm, tpm=tpm, max_concurrent=self.pick.choice([None, 8])),
@@ -279,7 +279,7 @@ class Simulation:
             slot.leave(sent=False)  # the circuit refuses
         elif slot.granted:
             self.sent.append(self.now())
-            self.under_way.append((self.now() + self.pick.random() / 5, slot))
+            self.in_flight.append((self.now() + self.pick.random() / 5, slot))
         else:
             self.waiting.append((slot, slot.future, self.now() + slot.wait_time()))
 
@@ -294,8 +294,8 @@ class Simulation:
                 self.watched.remove(link)
             elif link.is_old:
                 link.ask()
-        for each in [each for each in self.under_way if each[0] <= now]:
-            self.under_way.remove(each)
+        for each in [each for each in self.in_flight if each[0] <= now]:
+            self.in_flight.remove(each)
             each[1].leave(tokens=self.pick.choice([None, each[1].tokens // 2]))
         for each in list(self.waiting):
             slot, future, due = each
@@ -306,7 +306,7 @@ class Simulation:
             elif self.pick.random() < 0.001:
                 self.waiting.remove(each)
                 slot.leave(sent=False)  # cancelled
-        moments = [at for at, _ in self.trips + self.under_way]
+        moments = [at for at, _ in self.trips + self.in_flight]
         moments += [due for _, future, due in self.waiting if not future.done()]
         moments += [now + VIEW_AGE] if self.watched else []
         is_due = any(future.done() for _, future, _ in self.waiting)
@@ -336,7 +336,7 @@ def test_all_together_keep_within_the_rate_and_use_it(seed):
     for _ in range(number):
         world.arrive()
     steps = 0
-    while world.waiting or world.under_way or world.trips or world.watched:
+    while world.waiting or world.in_flight or world.trips or world.watched:
         world.step()
         steps += 1
         assert steps < 100_000, "somebody waits for ever"
@@ -360,7 +360,7 @@ def work(api_base, url, answered, stop):
 
 
 def test_processes_keep_within_one_rate_and_share_it(provider, valkey):
-    """Ten a second, and fifty at first, however many processes; nobody goes hungry (R53)."""
+    """Ten a second, and fifty at first, however many processes; nobody goes hungry."""
     stop = forked.Event()
     answered = [forked.Value("i", 0, lock=False) for _ in range(PROCESSES)]
     started = time.monotonic()

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from dspy_resilient.circuit import CircuitState, Outcome
+from dspy_resilient.circuit import CircuitState
+from dspy_resilient.outcomes import Outcome
 from dspy_resilient.policies import CircuitPolicy
 from dspy_resilient.shared import MemoryStore, RedisStore
 from dspy_resilient.shared.store import CircuitReport, CircuitVerdict

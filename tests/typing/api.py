@@ -24,7 +24,7 @@ from dspy_resilient import (
     RetryPolicy,
 )
 from dspy_resilient.events import CircuitOpened, Event, Listener
-from dspy_resilient.observe.stats import Stats
+from dspy_resilient.stats.stats import Stats
 
 
 def build(on_event: Callable[[Event], object]) -> ResilientLM:

@@ -68,14 +68,14 @@ def answer(response, outputs=None):
 
 
 def test_no_prompt_is_kept():
-    """What belongs to one call stays with that call (R40)."""
+    """What belongs to one call stays with that call."""
     kept = answer(chat())
     assert set(kept.record) == {"response", "cost", "model", "response_model", "model_type"}
     assert "the question" not in repr(kept)
 
 
 def test_hit_is_replayed_as_dspy_does():
-    """The same outputs, no usage, the old cost, and the response marked (R43)."""
+    """The same outputs, no usage, the old cost, and the response marked."""
     response = chat()
     record = answer(response).replayed_record()
     assert record["outputs"] == ["Paris"]
@@ -93,7 +93,7 @@ def test_hit_is_replayed_as_dspy_does():
     ids=["chat", "text", "responses", "dict"],
 )
 def test_mark_does_not_touch_what_is_stored(response):
-    """The marked response is a copy; the stored one can be replayed again and again (R40)."""
+    """The marked response is a copy; the stored one can be replayed again and again."""
     before = copy.deepcopy(response)
     kept = answer(response)
     marked = kept.replayed_record()["response"]
@@ -107,12 +107,12 @@ def test_mark_does_not_touch_what_is_stored(response):
     "response", [typed(), (typed(), typed()), None, 5], ids=["typed", "several", "none", "number"]
 )
 def test_response_that_takes_no_mark_is_replayed_as_it_is(response):
-    """A frozen response has no place for a mark; DSPy replays it unmarked, too (R43)."""
+    """A frozen response has no place for a mark; DSPy replays it unmarked, too."""
     assert answer(response).replayed_record()["response"] is response
 
 
 def test_answer_without_history_is_replayed_without():
-    """With history switched off, outputs are all there is (R43)."""
+    """With history switched off, outputs are all there is."""
     kept = Answer.of(["Paris"], None)
     assert kept.replayed_record() is None
     assert kept.fresh_outputs() == ["Paris"]
@@ -120,7 +120,7 @@ def test_answer_without_history_is_replayed_without():
 
 
 def test_outputs_handed_out_are_fresh():
-    """A caller may do with its outputs what it likes (R40)."""
+    """A caller may do with its outputs what it likes."""
     outputs = [{"text": "Paris", "tool_calls": [copy.deepcopy(CALL_FUNCTION)]}]
     kept = answer(chat(), outputs)
     for mine in (outputs, kept.fresh_outputs(), kept.replayed_record()["outputs"]):
@@ -130,7 +130,7 @@ def test_outputs_handed_out_are_fresh():
 
 
 def test_typed_response_is_handed_out_as_it_is():
-    """A typed response is frozen: a copy would be of no use (R40)."""
+    """A typed response is frozen: a copy would be of no use."""
     response = typed()
     outputs = ["Paris"]
     kept = Answer.of(response, entry(response, outputs))
@@ -141,7 +141,7 @@ def test_typed_response_is_handed_out_as_it_is():
 
 
 def test_outputs_that_cannot_be_copied_do_not_fail_the_call():
-    """What a custom engine returns is handed on, copied or not (R40)."""
+    """What a custom engine returns is handed on, copied or not."""
     outputs = [{"text": "Paris", "lock": threading.Lock()}]
     assert answer(None, outputs).fresh_outputs() == outputs
 
@@ -160,7 +160,7 @@ def test_outputs_that_cannot_be_copied_do_not_fail_the_call():
     ids=["total", "chat", "responses", "nonsense", "empty", "none", "object"],
 )
 def test_answer_knows_what_it_saves(usage, tokens):
-    """Tokens and cost are known at creation, for the numbers of what hits save (R43)."""
+    """Tokens and cost are known at creation, for the numbers of what hits save."""
     kept = Answer.of(["Paris"], entry(None, None, usage=usage))
     assert (kept.tokens, kept.cost) == (tokens, 0.25)
     assert Answer.of(["Paris"], entry(None, None, cost=None)).cost is None
@@ -216,5 +216,5 @@ STOPPED = {"incomplete_details": {"reason": "content_filter"}}
     ],
 )
 def test_only_complete_and_usable_answers_are_fit_to_be_stored(kept, reason):
-    """Truncated, filtered, empty, partial and failed answers are not replayed for ever (R42)."""
+    """Truncated, filtered, empty, partial and failed answers are not replayed for ever."""
     assert usable(kept) == reason

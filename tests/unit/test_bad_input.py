@@ -251,7 +251,7 @@ def test_the_message_shows_value_and_range():
 @pytest.mark.parametrize("name", ["cache", "circuit", "retry", "limits", "max_wait", "on_event"])
 @pytest.mark.parametrize("wrong", ["sk-proj-0123456789abcdef", {"api_key": "sk-0123456789"}])
 def test_a_misplaced_key_is_not_quoted(name, wrong):
-    """A key that slipped into the wrong place is not in the error (R7)."""
+    """A key that slipped into the wrong place is not in the error."""
     message = refused(lambda: ResilientLM(MODEL, **{name: wrong}), name, error=TypeError)
     assert "0123456789" not in message
 
@@ -293,7 +293,7 @@ def test_num_retries_and_retry_must_say_the_same():
 
 @pytest.mark.parametrize("stream", [True, 1, "yes"])
 def test_stream_is_refused_wherever_it_is_given(stream):
-    """stream=True would give a live stream in place of an answer (R14)."""
+    """stream=True would give a live stream in place of an answer."""
     for build in (
         lambda: ResilientLM(MODEL, stream=stream),
         lambda: ResilientLM(MODEL).copy(stream=stream),
@@ -306,7 +306,7 @@ def test_stream_is_refused_wherever_it_is_given(stream):
 
 
 async def test_a_call_refuses_what_it_cannot_mean():
-    """Per-call cache= and num_retries= are checked in both drivers (R7, R51)."""
+    """Per-call cache= and num_retries= are checked in both drivers."""
     lm = ResilientLM(MODEL)
     for options in ({"num_retries": -1}, {"cache": CachePolicy()}, {"num_retries": True}):
         with pytest.raises((TypeError, ValueError), match=next(iter(options))):
@@ -362,7 +362,7 @@ def test_no_argument_of_ours_has_a_name_that_litellm_or_a_provider_takes():
 
 
 def test_arguments_of_dspys_keep_their_order_and_defaults():
-    """Positional arguments of dspy.LM mean the same here (R1)."""
+    """Positional arguments of dspy.LM mean the same here."""
     theirs = inspect.signature(dspy.LM).parameters
     ours = inspect.signature(ResilientLM).parameters
     positional = [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -376,7 +376,7 @@ def test_arguments_of_dspys_keep_their_order_and_defaults():
 
 
 def test_the_same_target_twice_is_refused():
-    """A chain that leads back is refused, and says to whom (R52)."""
+    """A chain that leads back is refused, and says to whom."""
     one = dspy.LM("openai/b")
     for fallbacks in (
         [MODEL],
@@ -395,7 +395,7 @@ def test_the_same_target_twice_is_refused():
 
 @pytest.mark.parametrize("name", LISTS)
 def test_a_chain_back_to_the_primary_is_refused(name):
-    """A client whose fallback falls back to it is a cycle (R52)."""
+    """A client whose fallback falls back to it is a cycle."""
     inner = ResilientLM("openai/b", fallbacks=[MODEL])
     for given in ([inner], [MODEL], ["openai/c", "openai/c"]):
         message = refused(lambda v=given: ResilientLM(MODEL, **{name: v}), name, error=ValueError)
@@ -403,13 +403,13 @@ def test_a_chain_back_to_the_primary_is_refused(name):
 
 
 def test_a_model_may_be_in_several_lists():
-    """Each list has an order of its own (R52)."""
+    """Each list has an order of its own."""
     lm = ResilientLM(MODEL, **{name: ["openai/b"] for name in LISTS})
     assert len(lm.circuits) == 2
 
 
 def test_the_same_model_elsewhere_or_with_another_key_is_another_target():
-    """What differs in endpoint, credential or settings is no cycle (R52)."""
+    """What differs in endpoint, credential or settings is no cycle."""
     fallbacks = [
         {"model": MODEL, "api_base": "http://127.0.0.1:9/v1"},
         {"model": MODEL, "api_key": "another"},
@@ -425,7 +425,7 @@ def test_what_a_fallback_cannot_take_is_refused_by_it():
 
 
 def test_a_shared_circuit_is_a_circuit_of_ours():
-    """`circuit=` takes a CircuitBreaker of this package, not the one below it (R26)."""
+    """`circuit=` takes a CircuitBreaker of this package, not the one below it."""
     import circuitbreaker
 
     shared = CircuitBreaker(CircuitPolicy())
@@ -441,7 +441,7 @@ def test_a_shared_circuit_is_a_circuit_of_ours():
 
 
 def test_fallbacks_may_be_any_ordered_collection():
-    """A list, a tuple, a generator (R52)."""
+    """A list, a tuple, a generator."""
     names = ["openai/b", "openai/c"]
     for given in (names, tuple(names), iter(names), dict.fromkeys(names).keys()):
         assert len(ResilientLM(MODEL, fallbacks=given).circuits) == 3
@@ -462,7 +462,7 @@ def test_what_is_refused_has_changed_nothing():
     ["name", "circuit", "retry", "limits", "on_event", "cache_policy", *LISTS],
 )
 def test_a_copy_cannot_have_what_belongs_to_the_client(name):
-    """What all copies share is refused by name, whatever the value (R6)."""
+    """What all copies share is refused by name, whatever the value."""
     lm = ResilientLM(MODEL)
     for value in (None, True, "x"):
         message = refused(lambda v=value: lm.copy(**{name: v}), name, error=TypeError)

@@ -18,9 +18,10 @@ import math
 
 import pytest
 
-from dspy_resilient.circuit import CircuitBreaker, CircuitState, Outcome
+from dspy_resilient.circuit import CircuitBreaker, CircuitState
 from dspy_resilient.errors import CircuitOpenError
 from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpened
+from dspy_resilient.outcomes import Outcome
 from dspy_resilient.policies import CircuitPolicy
 from dspy_resilient.testing import Clock
 
@@ -86,7 +87,7 @@ def recover(breaker, clock):
 
 
 def test_consecutive_failures_open_it(make):
-    """`failure_threshold` failures in a row open it, and not one less (R22)."""
+    """`failure_threshold` failures in a row open it, and not one less."""
     breaker = make(failure_threshold=3)
     fail(breaker, 2)
     assert breaker.state == "closed"
@@ -96,7 +97,7 @@ def test_consecutive_failures_open_it(make):
 
 
 def test_a_success_starts_the_count_again(make):
-    """Only failures in a row count for the threshold (R22)."""
+    """Only failures in a row count for the threshold."""
     breaker = make(failure_threshold=3)
     fail(breaker, 2)
     succeed(breaker)
@@ -106,7 +107,7 @@ def test_a_success_starts_the_count_again(make):
 
 
 def test_neutral_outcomes_count_nowhere(make):
-    """A neutral outcome neither counts, nor resets the count, nor fills the window (R22, M3)."""
+    """A neutral outcome neither counts, nor resets the count, nor fills the window."""
     breaker = make(failure_threshold=3, min_calls=4)
     fail(breaker, 2)
     for _ in range(50):
@@ -117,7 +118,7 @@ def test_neutral_outcomes_count_nowhere(make):
 
 
 def test_neutral_outcomes_alone_never_open_it(make):
-    """Traffic of nothing but bad requests says nothing about the provider (R22)."""
+    """Traffic of nothing but bad requests says nothing about the provider."""
     breaker = make()
     for _ in range(200):
         breaker.admit().neutral()
@@ -125,7 +126,7 @@ def test_neutral_outcomes_alone_never_open_it(make):
 
 
 def test_failure_rate_opens_it(make):
-    """Half of ten verdicts in the window is too much, though never five in a row (R22)."""
+    """Half of ten verdicts in the window is too much, though never five in a row."""
     breaker = make()
     for _ in range(4):
         fail(breaker)
@@ -137,7 +138,7 @@ def test_failure_rate_opens_it(make):
 
 
 def test_failure_rate_needs_enough_calls(make):
-    """One failed request is no rate (R22)."""
+    """One failed request is no rate."""
     breaker = make(min_calls=10)
     for _ in range(4):
         fail(breaker)
@@ -147,7 +148,7 @@ def test_failure_rate_needs_enough_calls(make):
 
 
 def test_old_verdicts_leave_the_window(make, clock):
-    """What lies further back than `window` seconds counts for no rate (R22)."""
+    """What lies further back than `window` seconds counts for no rate."""
     breaker = make(window=60.0)
     for _ in range(4):
         fail(breaker)
@@ -160,7 +161,7 @@ def test_old_verdicts_leave_the_window(make, clock):
 
 @pytest.mark.parametrize("pause", [61, 116])
 def test_what_has_left_the_window_counts_no_more(make, clock, pause):
-    """Neither calls, nor failures, nor slow ones: the rates are those of the window (R22)."""
+    """Neither calls, nor failures, nor slow ones: the rates are those of the window."""
     breaker = make(
         failure_threshold=9, failure_rate=1.0, window=60.0, min_calls=4, slow_call=1.0, slow_rate=0.5
     )  # fmt: skip
@@ -183,7 +184,7 @@ def test_what_has_left_the_window_counts_no_more(make, clock, pause):
 
 
 def test_verdict_on_the_edge_of_a_bucket_belongs_to_the_later_one(make, clock):
-    """It is kept for the whole `window` (R22)."""
+    """It is kept for the whole `window`."""
     breaker = make(failure_threshold=9, window=60.0, min_calls=2, failure_rate=1.0)
     succeed(breaker)
     clock.advance(5)  # a bucket later, to the moment
@@ -194,7 +195,7 @@ def test_verdict_on_the_edge_of_a_bucket_belongs_to_the_later_one(make, clock):
 
 
 def test_window_moves_on_bucket_by_bucket(make, clock):
-    """Verdicts age one by one, not all at once (R22)."""
+    """Verdicts age one by one, not all at once."""
     breaker = make(window=60.0, failure_threshold=99)
     for _ in range(5):
         fail(breaker)
@@ -209,7 +210,7 @@ def test_window_moves_on_bucket_by_bucket(make, clock):
 
 @pytest.mark.parametrize("rest", [1, 59, 61, 600, 1e9])
 def test_window_survives_any_rest(make, clock, rest):
-    """However long nothing happens, the counts stay right (R22)."""
+    """However long nothing happens, the counts stay right."""
     breaker = make(failure_threshold=99)
     fail(breaker, 9)
     clock.advance(rest)
@@ -218,7 +219,7 @@ def test_window_survives_any_rest(make, clock, rest):
 
 
 def test_slow_calls_open_it(make, clock):
-    """Where `slow_call` is set, too many slow answers open it (R22)."""
+    """Where `slow_call` is set, too many slow answers open it."""
     breaker = make(slow_call=10.0, window=1000.0)
     succeed(breaker, 2)
     for _ in range(7):
@@ -234,7 +235,7 @@ def test_slow_calls_open_it(make, clock):
 
 
 def test_slow_calls_are_successes_to_the_failure_counts(make, clock):
-    """A slow answer is an answer: it breaks a row of failures (R22)."""
+    """A slow answer is an answer: it breaks a row of failures."""
     breaker = make(slow_call=10.0, failure_threshold=2)
     fail(breaker)
     permit = breaker.admit()
@@ -245,7 +246,7 @@ def test_slow_calls_are_successes_to_the_failure_counts(make, clock):
 
 
 def test_without_slow_call_nothing_is_slow(make, clock):
-    """Slowness is off by default (R22)."""
+    """Slowness is off by default."""
     breaker = make()
     for _ in range(20):
         permit = breaker.admit()
@@ -276,7 +277,7 @@ def test_reason_of_counted_failures_reaches_the_opening(make):
 
 
 def test_open_time_doubles_up_to_its_longest(make, clock):
-    """5, 10, 20 … and 300 s from then on (R23)."""
+    """5, 10, 20 … and 300 s from then on."""
     breaker = make()
     times = [open_for(breaker, clock), *(reopen(breaker, clock) for _ in range(8))]
     assert times == [5, 10, 20, 40, 80, 160, 300, 300, 300]
@@ -285,13 +286,13 @@ def test_open_time_doubles_up_to_its_longest(make, clock):
 
 @pytest.mark.parametrize(("draw", "factor"), [(0.0, 0.8), (0.5, 1.0), (0.999999, 1.2)])
 def test_open_time_is_jittered(make, clock, draw, factor):
-    """The open time varies by `jitter` to either side (R23)."""
+    """The open time varies by `jitter` to either side."""
     breaker = make(random=lambda: draw, jitter=0.2)
     assert open_for(breaker, clock) == pytest.approx(5 * factor, rel=1e-4)
 
 
 def test_open_time_stays_finite_for_ever(make, clock):
-    """An outage of months overflows nothing (R23)."""
+    """An outage of months overflows nothing."""
     breaker = make()
     open_for(breaker, clock)
     for _ in range(5000):
@@ -304,7 +305,7 @@ def test_open_time_stays_finite_for_ever(make, clock):
     ("backoff", "longest"), [(1.0, 5.0), (1.0, 300.0), (1e300, 1e300), (1 + 1e-15, 6.0)]
 )
 def test_every_allowed_backoff_works(make, clock, backoff, longest):
-    """No allowed policy overflows or leaves the bounds (R23)."""
+    """No allowed policy overflows or leaves the bounds."""
     breaker = make(backoff=backoff, max_recovery_time=longest)
     open_for(breaker, clock)
     for _ in range(20):
@@ -312,28 +313,28 @@ def test_every_allowed_backoff_works(make, clock, backoff, longest):
 
 
 def test_retry_after_is_a_floor(make, clock):
-    """A provider that asks for longer is left alone for longer (R23)."""
+    """A provider that asks for longer is left alone for longer."""
     breaker = make(failure_threshold=1)
     fail(breaker, retry_after=42)
     assert breaker.open_remaining == 42
 
 
 def test_retry_after_of_less_than_a_second_counts(make, clock):
-    """Seconds may have fractions (R23)."""
+    """Seconds may have fractions."""
     breaker = make(failure_threshold=1, recovery_time=0.1)
     fail(breaker, retry_after=0.9)
     assert breaker.open_remaining == pytest.approx(0.9)
 
 
 def test_retry_after_is_no_ceiling(make, clock):
-    """A shorter hint shortens nothing (R23)."""
+    """A shorter hint shortens nothing."""
     breaker = make(failure_threshold=1)
     fail(breaker, retry_after=1)
     assert breaker.open_remaining == 5
 
 
 def test_retry_after_is_clamped(make):
-    """No provider keeps a circuit open for longer than `max_recovery_time` (R23)."""
+    """No provider keeps a circuit open for longer than `max_recovery_time`."""
     breaker = make(failure_threshold=1)
     fail(breaker, retry_after=86_400)
     assert breaker.open_remaining == 300
@@ -341,14 +342,14 @@ def test_retry_after_is_clamped(make):
 
 @pytest.mark.parametrize("hint", [math.nan, -5, 0, None, "7", -math.inf])
 def test_senseless_retry_after_is_ignored(make, hint):
-    """Nonsense in a header does not reach the open time (R23)."""
+    """Nonsense in a header does not reach the open time."""
     breaker = make(failure_threshold=1)
     fail(breaker, retry_after=hint)
     assert breaker.open_remaining == 5
 
 
 def test_openings_are_forgiven_while_closed(make, clock):
-    """One opening is forgiven for each `recovery_time` spent closed (R23)."""
+    """One opening is forgiven for each `recovery_time` spent closed."""
     breaker = make()
     open_for(breaker, clock)
     for _ in range(3):
@@ -362,7 +363,7 @@ def test_openings_are_forgiven_while_closed(make, clock):
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_reopening_after_an_answered_probe_is_no_longer_than_before(make, clock, slow):
-    """A provider that answers now and then is not gone: only failure upon failure adds (R23)."""
+    """A provider that answers now and then is not gone: only failure upon failure adds."""
     breaker = make(slow_call=2.0 if slow else None, successes_to_close=2)
     open_for(breaker, clock)
     assert reopen(breaker, clock) == 10
@@ -377,7 +378,7 @@ def test_reopening_after_an_answered_probe_is_no_longer_than_before(make, clock,
 
 
 def test_a_lucky_probe_forgives_nothing(make, clock):
-    """A circuit that closes and fails again at once goes on where it was (R23)."""
+    """A circuit that closes and fails again at once goes on where it was."""
     breaker = make()
     open_for(breaker, clock)
     reopen(breaker, clock)
@@ -386,7 +387,7 @@ def test_a_lucky_probe_forgives_nothing(make, clock):
 
 
 def test_long_outage_is_forgiven_like_a_shorter_one(make, clock):
-    """Openings beyond the longest open time are not held against anybody (R23)."""
+    """Openings beyond the longest open time are not held against anybody."""
     breaker = make()
     open_for(breaker, clock)
     for _ in range(100):
@@ -398,7 +399,7 @@ def test_long_outage_is_forgiven_like_a_shorter_one(make, clock):
 
 @pytest.mark.parametrize("switch", ["force_open", "force_half_open", "force_closed"])
 def test_forgiveness_survives_the_hand(make, clock, switch):
-    """What was forgiven stays forgiven when somebody switches the circuit (R23, R25)."""
+    """What was forgiven stays forgiven when somebody switches the circuit."""
     breaker = make()
     open_for(breaker, clock)
     reopen(breaker, clock)
@@ -410,7 +411,7 @@ def test_forgiveness_survives_the_hand(make, clock, switch):
 
 
 def test_remaining_time_is_exact(make, clock):
-    """Remaining time, rejection and waiting time are the same exact number (R23)."""
+    """Remaining time, rejection and waiting time are the same exact number."""
     breaker = make(failure_threshold=1)
     fail(breaker)
     clock.advance(1.25)
@@ -423,7 +424,7 @@ def test_remaining_time_is_exact(make, clock):
 
 
 def test_half_open_is_seen_as_soon_as_the_time_is_over(make, clock):
-    """Looking shows half-open, and changes nothing (R24)."""
+    """Looking shows half-open, and changes nothing."""
     heard = []
     breaker = make(failure_threshold=1, listener=heard.append)
     fail(breaker)
@@ -435,7 +436,7 @@ def test_half_open_is_seen_as_soon_as_the_time_is_over(make, clock):
 
 
 def test_only_half_open_gives_probes(make):
-    """Whoever is let through otherwise holds no place (R24)."""
+    """Whoever is let through otherwise holds no place."""
     breaker = make()
     assert not breaker.admit().probe
     breaker.force_closed()
@@ -446,7 +447,7 @@ def test_only_half_open_gives_probes(make):
 
 @pytest.mark.parametrize("probes", [1, 3])
 def test_half_open_lets_so_many_probes_through(make, clock, probes):
-    """Half-open admits `probes` at a time (R24, M1)."""
+    """Half-open admits `probes` at a time."""
     breaker = make(probes=probes, successes_to_close=9)
     open_for(breaker, clock)
     clock.advance(5)
@@ -460,7 +461,7 @@ def test_half_open_lets_so_many_probes_through(make, clock, probes):
 
 
 def test_successful_probes_close_it(make, clock):
-    """`successes_to_close` successes close it, with nothing counted (R24)."""
+    """`successes_to_close` successes close it, with nothing counted."""
     breaker = make()
     open_for(breaker, clock)
     clock.advance(5)
@@ -472,7 +473,7 @@ def test_successful_probes_close_it(make, clock):
 
 
 def test_closed_again_starts_with_an_empty_window(make, clock):
-    """The failures of the outage are not counted again after it (R22, R24)."""
+    """The failures of the outage are not counted again after it."""
     breaker = make(window=1000.0)
     for _ in range(5):
         succeed(breaker)
@@ -485,7 +486,7 @@ def test_closed_again_starts_with_an_empty_window(make, clock):
 
 
 def test_failed_probe_reopens_for_longer(make, clock):
-    """One failure in half-open is enough (R24)."""
+    """One failure in half-open is enough."""
     breaker = make()
     open_for(breaker, clock)
     clock.advance(5)
@@ -494,7 +495,7 @@ def test_failed_probe_reopens_for_longer(make, clock):
 
 
 def test_reopening_takes_back_the_places_of_hanging_probes(make, clock):
-    """A probe of the last half-open time takes no place in this one (R24)."""
+    """A probe of the last half-open time takes no place in this one."""
     breaker = make(probes=2)
     open_for(breaker, clock)
     clock.advance(5)
@@ -507,7 +508,7 @@ def test_reopening_takes_back_the_places_of_hanging_probes(make, clock):
 
 
 def test_one_failed_probe_outweighs_the_successes_before_it(make, clock):
-    """Only successes without a failure among them close it (R24)."""
+    """Only successes without a failure among them close it."""
     breaker = make(successes_to_close=3)
     open_for(breaker, clock)
     clock.advance(5)
@@ -517,7 +518,7 @@ def test_one_failed_probe_outweighs_the_successes_before_it(make, clock):
 
 
 def test_slow_probe_reopens(make, clock):
-    """A provider that is still slow has not recovered (R24)."""
+    """A provider that is still slow has not recovered."""
     breaker = make(slow_call=10.0)
     open_for(breaker, clock)
     clock.advance(5)
@@ -529,7 +530,7 @@ def test_slow_probe_reopens(make, clock):
 
 
 def test_neutral_probe_gives_its_place_back(make, clock):
-    """A probe that learnt nothing leaves half-open as it was (R24)."""
+    """A probe that learnt nothing leaves half-open as it was."""
     breaker = make()
     open_for(breaker, clock)
     clock.advance(5)
@@ -540,7 +541,7 @@ def test_neutral_probe_gives_its_place_back(make, clock):
 
 
 def test_silent_probe_loses_its_place(make, clock):
-    """After `probe_lease` the next caller may try (R24, M13)."""
+    """After `probe_lease` the next caller may try."""
     breaker = make(probe_lease=60.0)
     open_for(breaker, clock)
     clock.advance(5)
@@ -554,7 +555,7 @@ def test_silent_probe_loses_its_place(make, clock):
 
 
 def test_client_timeout_lengthens_the_lease(make, clock):
-    """A probe may take as long as its client allows (R24)."""
+    """A probe may take as long as its client allows."""
     breaker = make(probe_lease=60.0)
     open_for(breaker, clock)
     clock.advance(5)
@@ -567,7 +568,7 @@ def test_client_timeout_lengthens_the_lease(make, clock):
 
 @pytest.mark.parametrize(("report", "state"), [("success", "closed"), ("failure", "open")])
 def test_late_probe_still_counts_once(make, clock, report, state):
-    """A probe that lost its place reports for its own generation (R24)."""
+    """A probe that lost its place reports for its own generation."""
     breaker = make(successes_to_close=1)
     open_for(breaker, clock)
     clock.advance(5)
@@ -587,7 +588,7 @@ def test_late_probe_still_counts_once(make, clock, report, state):
 
 
 def test_first_report_counts(make):
-    """A permit reports exactly once (R21)."""
+    """A permit reports exactly once."""
     breaker = make(failure_threshold=2)
     permit = breaker.admit()
     permit.failure()
@@ -597,7 +598,7 @@ def test_first_report_counts(make):
 
 
 def test_block_without_report_is_neutral(make):
-    """Leaving a permit's block without a report says nothing, error or not (R21)."""
+    """Leaving a permit's block without a report says nothing, error or not."""
     breaker = make(failure_threshold=2)
     fail(breaker)
     with breaker.admit():
@@ -608,7 +609,7 @@ def test_block_without_report_is_neutral(make):
 
 
 def test_reported_block_keeps_its_report(make):
-    """The end of the block overrules no report (R21)."""
+    """The end of the block overrules no report."""
     breaker = make(failure_threshold=2)
     with breaker.admit() as permit:
         permit.failure()
@@ -618,7 +619,7 @@ def test_reported_block_keeps_its_report(make):
 
 @pytest.mark.parametrize("report", ["success", "failure", "neutral"])
 def test_late_results_change_nothing(make, clock, report):
-    """A result from before the circuit opened neither closes nor prolongs it (R21, M4, M5)."""
+    """A result from before the circuit opened neither closes nor prolongs it."""
     breaker = make()
     late = breaker.admit()
     open_for(breaker, clock)
@@ -631,7 +632,7 @@ def test_late_results_change_nothing(make, clock, report):
 
 @pytest.mark.parametrize("report", ["success", "failure"])
 def test_late_results_do_not_judge_the_probes(make, clock, report):
-    """A call admitted before the outage is no probe (R21, M4)."""
+    """A call admitted before the outage is no probe."""
     breaker = make(successes_to_close=1)
     late = breaker.admit()
     open_for(breaker, clock)
@@ -644,7 +645,7 @@ def test_late_results_do_not_judge_the_probes(make, clock, report):
 
 
 def test_results_of_an_earlier_closed_time_are_stale(make, clock):
-    """Closed again is another generation (R21)."""
+    """Closed again is another generation."""
     breaker = make(failure_threshold=2)
     late = [breaker.admit() for _ in range(5)]
     open_for(breaker, clock)
@@ -659,7 +660,7 @@ def test_results_of_an_earlier_closed_time_are_stale(make, clock):
 
 
 def test_trip_opens_as_a_failure_would(make, clock):
-    """`trip` opens for a growing time, after which probes decide (R25)."""
+    """`trip` opens for a growing time, after which probes decide."""
     breaker = make()
     breaker.trip("deploy", error="host is gone")
     assert breaker.open_remaining == 5
@@ -671,7 +672,7 @@ def test_trip_opens_as_a_failure_would(make, clock):
 
 
 def test_trip_of_an_open_circuit_only_takes_longer_hints(make, clock):
-    """Tripping again moves the time only for an explicit, longer pause (R25)."""
+    """Tripping again moves the time only for an explicit, longer pause."""
     breaker = make()
     breaker.trip()
     breaker.trip()
@@ -684,7 +685,7 @@ def test_trip_of_an_open_circuit_only_takes_longer_hints(make, clock):
 
 @pytest.mark.parametrize("switch", ["force_open", "force_closed"])
 def test_forced_states_beat_a_trip(make, switch):
-    """What somebody has forced stays (R25)."""
+    """What somebody has forced stays."""
     breaker = make()
     getattr(breaker, switch)()
     before = breaker.state
@@ -693,7 +694,7 @@ def test_forced_states_beat_a_trip(make, switch):
 
 
 def test_forced_open_refuses_without_end(make, clock):
-    """`force_open` holds until `auto` or `reset`, and nobody can say how long (R25)."""
+    """`force_open` holds until `auto` or `reset`, and nobody can say how long."""
     breaker = make()
     breaker.force_open("maintenance")
     clock.advance(1e6)
@@ -706,7 +707,7 @@ def test_forced_open_refuses_without_end(make, clock):
 
 
 def test_forced_open_for_a_time_ends_half_open(make, clock):
-    """After the given seconds probes decide (R25)."""
+    """After the given seconds probes decide."""
     breaker = make()
     breaker.force_open(seconds=30)
     clock.advance(29)
@@ -719,13 +720,13 @@ def test_forced_open_for_a_time_ends_half_open(make, clock):
 
 @pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
 def test_forced_open_time_must_make_sense(make, seconds):
-    """Bad arguments are refused by name (R25)."""
+    """Bad arguments are refused by name."""
     with pytest.raises(ValueError, match=r"^CircuitBreaker.force_open: seconds must"):
         make().force_open(seconds=seconds)
 
 
 def test_forced_closed_lets_everything_through_and_still_counts(make):
-    """`force_closed` counts, and opens for nothing (R25)."""
+    """`force_closed` counts, and opens for nothing."""
     breaker = make()
     breaker.force_closed()
     fail(breaker, 50, reason="billing")
@@ -735,7 +736,7 @@ def test_forced_closed_lets_everything_through_and_still_counts(make):
 
 
 def test_auto_ends_what_was_forced(make):
-    """From forced open probes decide, from forced closed it is closed (R25)."""
+    """From forced open probes decide, from forced closed it is closed."""
     breaker = make()
     breaker.force_open()
     breaker.auto()
@@ -746,7 +747,7 @@ def test_auto_ends_what_was_forced(make):
 
 
 def test_auto_leaves_the_rest_alone(make):
-    """Nothing forced, nothing to end (R25)."""
+    """Nothing forced, nothing to end."""
     breaker = make()
     breaker.trip()
     breaker.auto()
@@ -755,14 +756,14 @@ def test_auto_leaves_the_rest_alone(make):
 
 @pytest.mark.parametrize("switch", ["trip", "force_open"])
 def test_whoever_gives_no_reason_did_it_by_hand(make, switch):
-    """And it can be read (R25)."""
+    """And it can be read."""
     breaker = make()
     getattr(breaker, switch)()
     assert breaker.reason == "manual"
 
 
 def test_force_half_open_lets_a_probe_through_now(make):
-    """Nobody need wait for the open time (R25)."""
+    """Nobody need wait for the open time."""
     breaker = make()
     breaker.trip(retry_after=300)
     breaker.force_half_open()
@@ -770,7 +771,7 @@ def test_force_half_open_lets_a_probe_through_now(make):
 
 
 def test_reset_forgets_everything(make, clock):
-    """After `reset` it is as new (R25)."""
+    """After `reset` it is as new."""
     breaker = make()
     open_for(breaker, clock)
     reopen(breaker, clock)
@@ -781,7 +782,7 @@ def test_reset_forgets_everything(make, clock):
 
 
 def test_observe_counts_and_reports_but_never_blocks(make, clock):
-    """`mode="observe"` shows what would have happened (R25)."""
+    """`mode="observe"` shows what would have happened."""
     heard = []
     breaker = make(mode="observe", listener=heard.append)
     open_for(breaker, clock)
@@ -800,7 +801,7 @@ def test_observe_counts_and_reports_but_never_blocks(make, clock):
 
 
 def test_rejection_says_who_why_and_until_when(make):
-    """The error of a refused call is fresh and carries the facts (R23)."""
+    """The error of a refused call is fresh and carries the facts."""
     breaker = make(failure_threshold=1, client="fast")
     fail(breaker, error=TimeoutError("no answer"))
     with pytest.raises(CircuitOpenError) as caught:
@@ -814,7 +815,7 @@ def test_rejection_says_who_why_and_until_when(make):
 
 
 def test_rejection_in_half_open_promises_no_time(make, clock):
-    """While the probes are under way nobody knows when (R23)."""
+    """While the probes are under way nobody knows when."""
     breaker = make()
     open_for(breaker, clock)
     clock.advance(5)
@@ -835,7 +836,7 @@ def test_refused_calls_are_counted(make):
 
 
 def test_last_error_is_a_redacted_text(make):
-    """The failure leaves a text without credentials, never the exception (R21, R7)."""
+    """The failure leaves a text without credentials, never the exception."""
 
     class ServerError(Exception):
         status = 503
@@ -849,7 +850,7 @@ def test_last_error_is_a_redacted_text(make):
 
 @pytest.mark.parametrize("attribute", ["status", "status_code"])
 def test_last_error_has_the_status_whatever_it_is_called(make, attribute):
-    """DSPy's errors have one, the SDKs' the other (R71)."""
+    """DSPy's errors have one, the SDKs' the other."""
     error = ConnectionError("gone")
     setattr(error, attribute, 503)
     breaker = make()
@@ -858,7 +859,7 @@ def test_last_error_has_the_status_whatever_it_is_called(make, attribute):
 
 
 def test_long_text_is_cut(make):
-    """200 characters are kept, and what follows is hinted at (R71)."""
+    """200 characters are kept, and what follows is hinted at."""
     breaker = make()
     fail(breaker, error="word " * 39 + "words")
     assert breaker.last_error == "word " * 39 + "words"
@@ -867,7 +868,7 @@ def test_long_text_is_cut(make):
 
 
 def test_given_text_is_redacted_too(make):
-    """A text in place of an exception gets no better treatment (R7)."""
+    """A text in place of an exception gets no better treatment."""
     breaker = make()
     fail(breaker, error=f"refused {SECRET}")
     assert breaker.last_error == "refused ***"
@@ -888,7 +889,7 @@ def test_broken_exceptions_do_no_harm(make):
 
 @pytest.mark.parametrize("leave", ["open", "force_half_open", "force_open"])
 def test_closing_tells_how_long_it_was_not_closed(make, clock, leave):
-    """Counted from when it last left closed, however that came about (R70)."""
+    """Counted from when it last left closed, however that came about."""
     closings = []
     breaker = make(listener=closings.append)
     for _ in range(2):
@@ -905,7 +906,7 @@ def test_closing_tells_how_long_it_was_not_closed(make, clock, leave):
 
 
 def test_since_is_when_it_last_changed(make, clock):
-    """From the beginning on (R71)."""
+    """From the beginning on."""
     breaker = make()
     assert breaker.since == 1000
     clock.advance(5)
@@ -915,7 +916,7 @@ def test_since_is_when_it_last_changed(make, clock):
 
 
 def test_events_tell_every_change_in_order(make, clock):
-    """Opened, half-opened, opened again, half-opened, closed; with the times (R13, R70)."""
+    """Opened, half-opened, opened again, half-opened, closed; with the times."""
     heard = []
     breaker = make(listener=heard.append, client="fast")
     fail(breaker, 5, error=TimeoutError("slow"))
@@ -936,7 +937,7 @@ def test_events_tell_every_change_in_order(make, clock):
 
 
 def test_switching_by_hand_is_told(make):
-    """A change by hand is a change (R25, R70)."""
+    """A change by hand is a change."""
     heard = []
     breaker = make(listener=heard.append)
     for switch, event in {
@@ -958,7 +959,7 @@ def test_switching_by_hand_is_told(make):
 
 
 def test_half_opening_is_told_when_the_probe_goes(make, clock):
-    """Not only when it returns (R70)."""
+    """Not only when it returns."""
     heard = []
     breaker = make(listener=heard.append)
     open_for(breaker, clock)
@@ -968,7 +969,7 @@ def test_half_opening_is_told_when_the_probe_goes(make, clock):
 
 
 def test_failing_listener_breaks_nothing_and_is_logged_once(make, caplog):
-    """A listener's fault reaches no call (R13)."""
+    """A listener's fault reaches no call."""
 
     def listener(event):
         raise KeyError
@@ -985,7 +986,7 @@ def test_failing_listener_breaks_nothing_and_is_logged_once(make, caplog):
 
 
 def test_interrupt_in_a_listener_loses_no_permit(make, clock):
-    """Ctrl-C may come while a listener runs; the probe's place is free all the same (R24)."""
+    """Ctrl-C may come while a listener runs; the probe's place is free all the same."""
 
     def listener(event):
         if isinstance(event, CircuitHalfOpened):
@@ -1000,7 +1001,7 @@ def test_interrupt_in_a_listener_loses_no_permit(make, clock):
 
 
 def test_nameless_circuit_tells_no_name():
-    """Neither its events nor its refusals do (R70)."""
+    """Neither its events nor its refusals do."""
     heard = []
     breaker = CircuitBreaker(CircuitPolicy(), listener=heard.append)
     breaker.trip()
@@ -1009,7 +1010,7 @@ def test_nameless_circuit_tells_no_name():
 
 
 def test_listener_may_use_the_circuit(make):
-    """No lock is held while a listener runs, and its own events come after (R12, R13)."""
+    """No lock is held while a listener runs, and its own events come after."""
     heard = []
 
     def listener(event):

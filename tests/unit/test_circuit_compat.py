@@ -51,7 +51,7 @@ def fail(breaker, error=None):
 
 
 def test_it_is_a_circuitbreaker():
-    """Whoever expects the package's class, or its error, gets one (R20)."""
+    """Whoever expects the package's class, or its error, gets one."""
     breaker = CircuitBreaker()
     assert isinstance(breaker, circuitbreaker.CircuitBreaker)
     breaker.trip()
@@ -101,7 +101,7 @@ def test_class_attributes_are_the_defaults():
 
 
 def test_packages_decorator_takes_this_class():
-    """`@circuit(cls=CircuitBreaker)` works with and without numbers (R20)."""
+    """`@circuit(cls=CircuitBreaker)` works with and without numbers."""
 
     @circuitbreaker.circuit(cls=CircuitBreaker)
     def plain():
@@ -164,7 +164,7 @@ def test_expected_exception_is_no_text():
 @pytest.mark.parametrize("name", ["failure_threshold", "recovery_timeout"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_zero_is_no_default(name, value):
-    """0 is refused, not replaced (M6)."""
+    """0 is refused, not replaced."""
     with pytest.raises(ValueError, match=f"^CircuitBreaker: {name} must be .*got {value}"):
         CircuitBreaker(**{name: value})
 
@@ -199,7 +199,7 @@ def test_expected_exceptions_work_with_a_policy():
 
 
 def test_unexpected_exception_is_no_success():
-    """A "400" between failures does not reset the count (M3)."""
+    """A "400" between failures does not reset the count."""
     breaker = CircuitBreaker(3, expected_exception=ConnectionError)
     fail(breaker, ConnectionError())
     fail(breaker, ValueError())
@@ -207,7 +207,7 @@ def test_unexpected_exception_is_no_success():
 
 
 def test_unexpected_exception_closes_no_half_open_circuit(clock):
-    """A probe's bad request says nothing (M3, R24)."""
+    """A probe's bad request says nothing."""
     breaker = CircuitBreaker(1, 5, ConnectionError, clock=clock)
     fail(breaker, ConnectionError())
     clock.advance(5)
@@ -218,7 +218,7 @@ def test_unexpected_exception_closes_no_half_open_circuit(clock):
 
 
 def test_failing_predicate_loses_no_permit(clock):
-    """A predicate that raises is heard, and its probe gives the place back (R24)."""
+    """A predicate that raises is heard, and its probe gives the place back."""
     breaker = CircuitBreaker(1, 5, lambda kind, error: 1 / 0, clock=clock)
     breaker.trip()
     clock.advance(5)
@@ -242,7 +242,7 @@ def test_failing_predicate_loses_no_permit(clock):
     ids=lambda error: f"{type(error).__module__}.{type(error).__name__}",
 )
 def test_what_says_nothing_is_neutral(clock, error):
-    """Ctrl-C, cancellation and our own refusals are no verdict, even to a greedy predicate (M10)."""
+    """Ctrl-C, cancellation and our own refusals are no verdict, even to a greedy predicate."""
     breaker = CircuitBreaker(1, 5, lambda kind, error: True, clock=clock)
     fail(breaker, error)
     assert breaker.closed
@@ -254,7 +254,7 @@ def test_what_says_nothing_is_neutral(clock, error):
 
 
 def test_retry_after_of_an_error_is_heard(clock):
-    """An error that carries a hint keeps a policy's circuit open for so long (R23)."""
+    """An error that carries a hint keeps a policy's circuit open for so long."""
     breaker = CircuitBreaker(CircuitPolicy(failure_threshold=1), clock=clock)
     error = ServerError()
     error.retry_after = 42
@@ -263,7 +263,7 @@ def test_retry_after_of_an_error_is_heard(clock):
 
 
 def test_properties_of_the_package_hold(clock):
-    """`opened`, `closed`, `failure_count`, `last_failure`, `open_until` (R20)."""
+    """`opened`, `closed`, `failure_count`, `last_failure`, `open_until`."""
     breaker = CircuitBreaker(2, 60, clock=clock)
     assert (breaker.opened, breaker.closed, breaker.open_remaining) == (False, True, 0)
     assert breaker.last_failure is None
@@ -322,7 +322,7 @@ def test_methods_and_callables_are_guarded():
 
 
 async def test_coroutine_function_is_guarded(clock):
-    """A decorated coroutine function reports when it ends, not when it is called (M10)."""
+    """A decorated coroutine function reports when it ends, not when it is called."""
     breaker = CircuitBreaker(2, 5, clock=clock)
 
     @breaker
@@ -402,7 +402,7 @@ def test_generator_asks_when_it_starts(clock):
 
 
 def test_abandoned_generator_is_neutral_at_once(clock):
-    """A consumer that stops early gives the probe's place back (M8, R24)."""
+    """A consumer that stops early gives the probe's place back."""
     breaker = CircuitBreaker(1, 5, clock=clock)
 
     @breaker
@@ -421,7 +421,7 @@ def test_abandoned_generator_is_neutral_at_once(clock):
 
 
 async def test_abandoned_async_generator_is_neutral_at_once(clock):
-    """The same for `aclose`; the inner generator is closed with it (M8, R24)."""
+    """The same for `aclose`; the inner generator is closed with it."""
     breaker = CircuitBreaker(1, 5, clock=clock)
     closed = []
 
@@ -478,7 +478,7 @@ async def test_fallback_is_of_the_same_kind():
 
 
 def test_block_asks_and_reports():
-    """`with breaker:` refuses while open, counts, and hands out its permit (R20)."""
+    """`with breaker:` refuses while open, counts, and hands out its permit."""
     breaker = CircuitBreaker(1)
     with breaker as permit:
         assert permit.circuit is breaker
@@ -490,7 +490,7 @@ def test_block_asks_and_reports():
 
 
 async def test_async_block_asks_and_reports():
-    """`async with breaker:` does the same (R20)."""
+    """`async with breaker:` does the same."""
     breaker = CircuitBreaker(1)
     async with breaker:
         await asyncio.sleep(0)
@@ -503,7 +503,7 @@ async def test_async_block_asks_and_reports():
 
 
 def test_report_in_a_block_stands():
-    """A block may know better than its end (R21)."""
+    """A block may know better than its end."""
     breaker = CircuitBreaker(1)
     with breaker as permit:
         permit.failure("a 200 with an error in it")
@@ -511,7 +511,7 @@ def test_report_in_a_block_stands():
 
 
 def test_nested_blocks_report_each_for_itself():
-    """An inner block's failure that is handled does not fail the outer (R20)."""
+    """An inner block's failure that is handled does not fail the outer."""
     outer, inner = CircuitBreaker(1), CircuitBreaker(1)
     with outer:
         with pytest.raises(ServerError), inner, outer, inner:
@@ -522,7 +522,7 @@ def test_nested_blocks_report_each_for_itself():
 
 
 def test_block_within_a_block_of_the_same_circuit_reports_for_itself():
-    """Each end belongs to the innermost block that is still open (R20)."""
+    """Each end belongs to the innermost block that is still open."""
     breaker = CircuitBreaker(9)
     reported = []
 
@@ -540,7 +540,7 @@ def test_block_within_a_block_of_the_same_circuit_reports_for_itself():
 
 
 def test_blocks_of_several_circuits_may_end_in_any_order():
-    """As those of generators do that take turns (R20)."""
+    """As those of generators do that take turns."""
     breakers = [CircuitBreaker(9) for _ in range(3)]
     permits = [breaker.__enter__() for breaker in breakers]
     for ended, breaker in enumerate(breakers, 1):
@@ -549,7 +549,7 @@ def test_blocks_of_several_circuits_may_end_in_any_order():
 
 
 async def test_blocks_of_tasks_do_not_mix(clock):
-    """Each task leaves with its own permit, whatever the order (R20)."""
+    """Each task leaves with its own permit, whatever the order."""
     breaker = CircuitBreaker(9, 5, clock=clock)
     first_may_end, second_may_end = asyncio.Event(), asyncio.Event()
     permits = {}
@@ -578,7 +578,7 @@ async def test_blocks_of_tasks_do_not_mix(clock):
 
 
 def test_blocks_of_threads_do_not_mix():
-    """Each thread leaves with its own permit (R20)."""
+    """Each thread leaves with its own permit."""
     breaker = CircuitBreaker(9)
     permits = {}
     entered, may_end = threading.Barrier(2), threading.Event()
@@ -601,7 +601,7 @@ def test_blocks_of_threads_do_not_mix():
 
 
 def test_block_left_in_a_foreign_context_harms_nobody():
-    """A block that ends where it did not begin takes nobody else's permit (R20)."""
+    """A block that ends where it did not begin takes nobody else's permit."""
     breaker = CircuitBreaker(1)
 
     def block():
@@ -622,7 +622,7 @@ def test_block_left_in_a_foreign_context_harms_nobody():
 
 
 def test_named_breakers_are_monitored():
-    """A circuit can be found by its name (R20)."""
+    """A circuit can be found by its name."""
     breaker = CircuitBreaker(CircuitPolicy(), name="monitored")
     found = CircuitBreakerMonitor.get("monitored")
     assert found == breaker
@@ -636,7 +636,7 @@ def test_named_breakers_are_monitored():
 
 
 def test_names_are_unique():
-    """No circuit hides another of the same name (M7)."""
+    """No circuit hides another of the same name."""
     breakers = [CircuitBreaker(CircuitPolicy(), name="twin") for _ in range(3)]
     assert [breaker.name for breaker in breakers] == ["twin", "twin-2", "twin-3"]
     for breaker in breakers:
@@ -654,7 +654,7 @@ def test_decorating_names_the_nameless():
 
 
 def test_monitor_keeps_nobody_alive():
-    """A forgotten circuit disappears from the monitor (R21)."""
+    """A forgotten circuit disappears from the monitor."""
     breaker = CircuitBreaker(CircuitPolicy(), name="short-lived")
     watch = weakref.ref(breaker)
     assert "short-lived" in CircuitBreakerMonitor.circuit_breakers
@@ -665,7 +665,7 @@ def test_monitor_keeps_nobody_alive():
 
 
 def test_leaving_the_monitor_takes_nobody_else_along():
-    """A name that the package has meanwhile given away stays (R21)."""
+    """A name that the package has meanwhile given away stays."""
     breaker = CircuitBreaker(CircuitPolicy(), name="contested")
     stock = circuitbreaker.CircuitBreaker(name="contested")
     stock.decorate(int)

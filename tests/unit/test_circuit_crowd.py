@@ -4,7 +4,7 @@ A caller is written once, as a generator that yields the futures it waits for.
 
 Of the changes of one operator, constant or statement in `waiting.py` and `permit.py`, those that no
 test here or in `test_gate.py` notices change nothing but speed: `__slots__`, first values that every
-owner sets anew, and what spares a report a look at `Signals` that has nothing to send. A call of
+owner sets anew, and what spares a report a look at `Notifier` that has nothing to send. A call of
 somebody for whom nothing is new is noticed in `test_gate_model.py`.
 """
 
@@ -22,8 +22,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from circuitbreaker import CircuitBreakerMonitor
 
-from dspy_resilient.circuit import CircuitBreaker, ThrottleGate
+from dspy_resilient.circuit import CircuitBreaker
 from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpened
+from dspy_resilient.limits import ThrottleGate
 from dspy_resilient.policies import CircuitPolicy
 from dspy_resilient.testing import Clock
 
@@ -120,7 +121,7 @@ def half_open(clock):
 
 @pytest.mark.parametrize("probes", [1, 3])
 def test_reopening_admits_exactly_the_probes(crowd, half_open, probes):
-    """Of 999 callers at the reopening, exactly `probes` reach the provider (R24, M1, M11, M12)."""
+    """Of 999 callers at the reopening, exactly `probes` reach the provider."""
     breaker = half_open(probes=probes)
     asking, asked = Meeting(999), Meeting(999)
 
@@ -135,7 +136,7 @@ def test_reopening_admits_exactly_the_probes(crowd, half_open, probes):
 
 
 def test_calls_run_side_by_side(crowd):
-    """The lock is not held during a call: all are inside at once (R12, M9)."""
+    """The lock is not held during a call: all are inside at once."""
     breaker = CircuitBreaker(CircuitPolicy())
     inside = Meeting(30)
 
@@ -148,7 +149,7 @@ def test_calls_run_side_by_side(crowd):
 
 
 def test_every_failure_is_counted(crowd):
-    """No report is lost, whoever reports (R21)."""
+    """No report is lost, whoever reports."""
     breaker = CircuitBreaker(CircuitPolicy(failure_threshold=10_000, min_calls=100_000))
     start = Meeting(30)
 
@@ -162,7 +163,7 @@ def test_every_failure_is_counted(crowd):
 
 
 def test_neutral_results_neither_count_nor_reset(crowd):
-    """However many calls say nothing about the provider, four failures stay four (R22, M3)."""
+    """However many calls say nothing about the provider, four failures stay four."""
     breaker = CircuitBreaker(CircuitPolicy())
     for _ in range(4):
         breaker.admit().failure()
@@ -185,7 +186,7 @@ def test_neutral_results_neither_count_nor_reset(crowd):
 
 
 def test_unexpected_exceptions_neither_count_nor_reset(crowd):
-    """The same in the package's form, where only some exceptions are failures (M3)."""
+    """The same in the package's form, where only some exceptions are failures."""
     breaker = CircuitBreaker(5, expected_exception=ConnectionError)
     start = Meeting(30)
 
@@ -209,7 +210,7 @@ def test_unexpected_exceptions_neither_count_nor_reset(crowd):
 
 
 def test_namesakes_built_at_once_are_all_found(crowd):
-    """However many take one name at once, none hides another in the monitor (R20, M7)."""
+    """However many take one name at once, none hides another in the monitor."""
     start = Meeting(30)
 
     def caller():
@@ -222,7 +223,7 @@ def test_namesakes_built_at_once_are_all_found(crowd):
 
 
 def test_longest_pause_that_a_crowd_is_told_holds(crowd, clock):
-    """Of 429s that arrive at once, none shortens what another has asked for (R28)."""
+    """Of 429s that arrive at once, none shortens what another has asked for."""
     gate = ThrottleGate(clock=clock)
     passes = [gate.admit() for _ in range(30)]
     start = Meeting(30)
@@ -237,7 +238,7 @@ def test_longest_pause_that_a_crowd_is_told_holds(crowd, clock):
 
 
 def test_one_permit_reported_by_many_counts_once(crowd):
-    """Whoever reports first wins, on whatever thread (R21)."""
+    """Whoever reports first wins, on whatever thread."""
     breaker = CircuitBreaker(CircuitPolicy())
     permit = breaker.admit()
     start = Meeting(30)
@@ -251,7 +252,7 @@ def test_one_permit_reported_by_many_counts_once(crowd):
 
 
 def test_results_from_before_the_trip_change_nothing(crowd, clock):
-    """Calls that end after the circuit opened neither close nor prolong it (R21, M4, M5)."""
+    """Calls that end after the circuit opened neither close nor prolong it."""
     breaker = CircuitBreaker(CircuitPolicy(jitter=0.0, recovery_time=5.0), clock=clock)
     inside = Meeting(31)
     tripped = Future()
@@ -281,7 +282,7 @@ def test_results_from_before_the_trip_change_nothing(crowd, clock):
 
 @pytest.mark.parametrize("end", ["cancelled", "interrupted", "unreported", "abandoned", "lost"])
 def test_probe_that_comes_to_nothing_leaves_its_place_to_the_next(crowd, half_open, clock, end):
-    """Wherever probes end without a verdict, the next may go, wherever that is (R24, M2, M8, M10, M11, M13)."""
+    """Wherever probes end without a verdict, the next may go, wherever that is."""
     breaker = half_open(probe_lease=60.0)
     turns = [Future() for _ in range(31)]
     turns[0].set_result(None)
@@ -319,7 +320,7 @@ def test_probe_that_comes_to_nothing_leaves_its_place_to_the_next(crowd, half_op
 
 
 def test_interrupted_probe_leaves_half_open(half_open):
-    """Ctrl-C in a probe closes nothing, counts for nothing, and frees the place (R24, M2, M10)."""
+    """Ctrl-C in a probe closes nothing, counts for nothing, and frees the place."""
     breaker = half_open()
 
     def probe():
@@ -332,7 +333,7 @@ def test_interrupted_probe_leaves_half_open(half_open):
 
 @pytest.mark.parametrize("form", ["decorator", "block", "permit"])
 async def test_cancelled_probe_leaves_half_open(half_open, form):
-    """A cancelled probe closes nothing, opens nothing, and frees the place (R24, M2, M11, M13)."""
+    """A cancelled probe closes nothing, opens nothing, and frees the place."""
     breaker = half_open()
 
     async def hang():
@@ -357,7 +358,7 @@ async def test_cancelled_probe_leaves_half_open(half_open, form):
 
 
 async def test_timed_out_probe_leaves_half_open(half_open):
-    """A caller that loses patience has cancelled (R24, M13)."""
+    """A caller that loses patience has cancelled."""
     breaker = half_open()
 
     @breaker
@@ -370,7 +371,7 @@ async def test_timed_out_probe_leaves_half_open(half_open):
 
 
 def test_dropped_probe_is_replaced_after_its_lease(half_open, clock):
-    """A permit that nobody holds any more blocks nothing for ever (R21, R24, M13)."""
+    """A permit that nobody holds any more blocks nothing for ever."""
     breaker = half_open(probe_lease=60.0, successes_to_close=1)
     breaker.admit()
     gc.collect()
@@ -386,7 +387,7 @@ def test_dropped_probe_is_replaced_after_its_lease(half_open, clock):
 
 
 def test_dropped_probe_is_replaced_though_others_return(half_open, clock):
-    """What becomes of one probe shortens and lengthens nobody else's lease (R21, R24)."""
+    """What becomes of one probe shortens and lengthens nobody else's lease."""
     breaker = half_open(probes=2, probe_lease=60.0)
     breaker.admit()
     breaker.admit().neutral()
@@ -405,7 +406,7 @@ def test_dropped_probe_is_replaced_though_others_return(half_open, clock):
 
 
 def test_hanging_probe_is_replaced_after_its_lease(crowd, half_open, clock):
-    """A probe that hangs does not keep the circuit from recovering (R24, M13)."""
+    """A probe that hangs does not keep the circuit from recovering."""
     breaker = half_open(successes_to_close=1)
     admitted, recovered = Future(), Future()
 
@@ -431,7 +432,7 @@ def iter_nothing():
 
 
 def test_generator_closed_in_the_middle_of_the_circuit_is_no_deadlock(half_open, clock):
-    """The collector may end a generator on the thread that is inside the circuit (R21)."""
+    """The collector may end a generator on the thread that is inside the circuit."""
     breaker = half_open()
     running = breaker(lambda: (yield 1))()
     next(running)
@@ -453,7 +454,7 @@ def test_generator_closed_in_the_middle_of_the_circuit_is_no_deadlock(half_open,
 
 
 def test_nobody_waits_for_a_closed_circuit():
-    """Where a call would be let through, a waiter is called at once (R27)."""
+    """Where a call would be let through, a waiter is called at once."""
     breaker = CircuitBreaker(CircuitPolicy())
     assert breaker.wait_time() == 0
     assert breaker.recheck_time() == 0
@@ -461,7 +462,7 @@ def test_nobody_waits_for_a_closed_circuit():
 
 
 def test_waiter_of_an_open_circuit_waits_its_time(clock):
-    """The open time is exact, and its end needs no call (R27)."""
+    """The open time is exact, and its end needs no call."""
     breaker = CircuitBreaker(CircuitPolicy(jitter=0.0, recovery_time=5.0), clock=clock)
     breaker.trip()
     waiter = breaker.enlist()
@@ -473,7 +474,7 @@ def test_waiter_of_an_open_circuit_waits_its_time(clock):
 
 
 def test_forced_open_needs_a_hand(clock):
-    """Where only a person can help, no time is promised (R25, R27)."""
+    """Where only a person can help, no time is promised."""
     breaker = CircuitBreaker(CircuitPolicy(), clock=clock)
     breaker.force_open()
     assert breaker.recheck_time() == math.inf
@@ -483,7 +484,7 @@ def test_forced_open_needs_a_hand(clock):
 
 
 def test_each_free_place_calls_the_longest_waiter(half_open):
-    """One waiter per place that becomes free, oldest first (R27)."""
+    """One waiter per place that becomes free, oldest first."""
     breaker = half_open(successes_to_close=3)
     probe = breaker.admit()
     first, second, third = (breaker.enlist() for _ in range(3))
@@ -495,7 +496,7 @@ def test_each_free_place_calls_the_longest_waiter(half_open):
 
 @pytest.mark.parametrize("end", ["success", "failure", "force_open", "force_closed", "reset"])
 def test_every_change_calls_all(half_open, end):
-    """The verdict, and the hand, concern all who wait (R27)."""
+    """The verdict, and the hand, concern all who wait."""
     breaker = half_open(successes_to_close=1)
     probe = breaker.admit()
     waiters = [breaker.enlist() for _ in range(5)]
@@ -504,7 +505,7 @@ def test_every_change_calls_all(half_open, end):
 
 
 def test_called_waiter_that_leaves_passes_its_turn_on(half_open):
-    """A caller that is cancelled after its call takes nobody's chance away (R27)."""
+    """A caller that is cancelled after its call takes nobody's chance away."""
     breaker = half_open(successes_to_close=3)
     probe = breaker.admit()
     first, second = breaker.enlist(), breaker.enlist()
@@ -515,7 +516,7 @@ def test_called_waiter_that_leaves_passes_its_turn_on(half_open):
 
 
 def test_waiter_that_leaves_is_not_called(half_open):
-    """Who has left keeps no place in line (R27)."""
+    """Who has left keeps no place in line."""
     breaker = half_open(successes_to_close=3)
     probe = breaker.admit()
     first, second = breaker.enlist(), breaker.enlist()
@@ -526,7 +527,7 @@ def test_waiter_that_leaves_is_not_called(half_open):
 
 
 def test_cancelled_waiter_is_passed_over(half_open):
-    """A cancelled future is no waiter, even if its owner did not leave (R27)."""
+    """A cancelled future is no waiter, even if its owner did not leave."""
     breaker = half_open(successes_to_close=3)
     probe = breaker.admit()
     waiters = [breaker.enlist() for _ in range(2000)]
@@ -537,7 +538,7 @@ def test_cancelled_waiter_is_passed_over(half_open):
 
 
 def test_leaving_twice_or_as_a_stranger_does_no_harm(half_open):
-    """`leave` is safe in any `finally` (R27)."""
+    """`leave` is safe in any `finally`."""
     breaker = half_open()
     probe = breaker.admit()
     waiter = breaker.enlist()
@@ -548,7 +549,7 @@ def test_leaving_twice_or_as_a_stranger_does_no_harm(half_open):
 
 
 def test_waiters_are_resolved_without_the_lock(half_open):
-    """What hangs on a waiter may use the circuit, from any thread (R12)."""
+    """What hangs on a waiter may use the circuit, from any thread."""
     breaker = half_open(successes_to_close=1)
     seen = []
 
@@ -564,7 +565,7 @@ def test_waiters_are_resolved_without_the_lock(half_open):
 
 
 def test_one_wait_is_news_once(clock):
-    """Of all who wait for the same end one tells of it; readings of it differ a little (R70)."""
+    """Of all who wait for the same end one tells of it; readings of it differ a little."""
     breaker = CircuitBreaker(CircuitPolicy(), clock=clock)
     assert [breaker.is_news(until) for until in (30.0, 30.0, 31.0, 29.0)] == [True, *[False] * 3]
     assert [breaker.is_news(until) for until in (31.5, 32.0, 32.6)] == [True, False, True]
@@ -585,7 +586,7 @@ def waits_its_turn(breaker, act, *, leave_always):
 
 @pytest.mark.parametrize("leave_always", [True, False])
 def test_all_waiters_get_their_turn(crowd, half_open, leave_always):
-    """However probes end, nobody in line is forgotten (R27)."""
+    """However probes end, nobody in line is forgotten."""
     breaker = half_open(successes_to_close=40)
     inside, most = 0, 0
     endings = random.Random(1)
@@ -604,7 +605,7 @@ def test_all_waiters_get_their_turn(crowd, half_open, leave_always):
 
 
 async def test_cancelled_waiters_leave_the_others_their_turn(half_open):
-    """Half of those who wait are cancelled, some just after being called (R27)."""
+    """Half of those who wait are cancelled, some just after being called."""
     breaker = half_open(successes_to_close=500)
     served = []
 
@@ -634,7 +635,7 @@ async def test_cancelled_waiters_leave_the_others_their_turn(half_open):
 
 
 def test_nothing_wears_out(crowd):
-    """Whatever hundreds of callers do, the circuit ends up usable and says what it is (R8)."""
+    """Whatever hundreds of callers do, the circuit ends up usable and says what it is."""
     events = []
     breaker = CircuitBreaker(
         CircuitPolicy(recovery_time=1e-6, max_recovery_time=1e-6, failure_threshold=3),
@@ -675,7 +676,7 @@ def test_nothing_wears_out(crowd):
 @pytest.mark.parametrize("state", ["closed", "open", "half_open"])
 @pytest.mark.parametrize("held", [False, True])
 def test_child_of_a_fork_goes_on(state, held):
-    """A lock that another thread held at the fork, a probe and a waiter stay behind (R8)."""
+    """A lock that another thread held at the fork, a probe and a waiter stay behind."""
     breaker = CircuitBreaker(CircuitPolicy(recovery_time=200.0, successes_to_close=1))
     if state != "closed":
         breaker.trip()
@@ -699,7 +700,7 @@ def test_child_of_a_fork_goes_on(state, held):
         usable = False
         try:
             expected = "closed" if held else state
-            found, waiting = breaker.state, breaker._signals.waiting
+            found, waiting = breaker.state, breaker._notifier.waiting
             permit = breaker.try_admit()
             if expected != "open":
                 permit.success()

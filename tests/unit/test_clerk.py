@@ -5,30 +5,30 @@ import threading
 
 import pytest
 
-from dspy_resilient.clerk import Clerk
+from dspy_resilient._support.worker import Worker
 
 PATIENCE = 10
 
 
 def test_work_is_done_in_order_on_one_thread_of_its_own():
-    """The thread starts with the first piece of work, and nothing runs on the caller's (R46)."""
+    """The thread starts with the first piece of work, and nothing runs on the caller's."""
     before = set(threading.enumerate())
-    clerk = Clerk()
+    worker = Worker()
     assert set(threading.enumerate()) <= before
-    results = [clerk.do(threading.get_ident) for _ in range(20)]
+    results = [worker.do(threading.get_ident) for _ in range(20)]
     threads = {result.result(PATIENCE) for result in results}
     assert len(threads) == 1
     assert threading.get_ident() not in threads
 
 
 def test_callers_that_start_together_start_one_thread():
-    """However many loops ask first, there is one thread (R8)."""
-    clerk, start = Clerk(), threading.Barrier(16)
+    """However many loops ask first, there is one thread."""
+    worker, start = Worker(), threading.Barrier(16)
     found = []
 
     def caller():
         start.wait(PATIENCE)
-        found.append(clerk.do(threading.get_ident).result(PATIENCE))
+        found.append(worker.do(threading.get_ident).result(PATIENCE))
 
     crew = [threading.Thread(target=caller) for _ in range(16)]
     for thread in crew:
@@ -40,36 +40,36 @@ def test_callers_that_start_together_start_one_thread():
 
 
 def test_error_goes_to_whoever_waits_and_the_thread_goes_on():
-    """A fault ends neither the thread nor anybody else's work (R46)."""
-    clerk = Clerk()
+    """A fault ends neither the thread nor anybody else's work."""
+    worker = Worker()
 
     def fault():
         raise SystemExit
 
     with pytest.raises(SystemExit):
-        clerk.do(fault).result(PATIENCE)
-    assert clerk.do(lambda: "done").result(PATIENCE) == "done"
+        worker.do(fault).result(PATIENCE)
+    assert worker.do(lambda: "done").result(PATIENCE) == "done"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_forked_child_has_a_thread_of_its_own():
-    """The parent's thread does not exist in a child, and is not waited for there (R8)."""
-    clerk = Clerk()
-    clerk.do(int).result(PATIENCE)
+    """The parent's thread does not exist in a child, and is not waited for there."""
+    worker = Worker()
+    worker.do(int).result(PATIENCE)
     child = os.fork()
     if child == 0:
         try:
-            done = clerk.do(lambda: "done").result(PATIENCE)
+            done = worker.do(lambda: "done").result(PATIENCE)
         finally:
             os._exit(0 if done == "done" else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_thread_without_work_ends_and_another_takes_over():
-    """A client that is not used any more keeps no thread (R8)."""
-    clerk = Clerk(idle=0.01)
-    thread = clerk.do(threading.current_thread).result(PATIENCE)
+    """A client that is not used any more keeps no thread."""
+    worker = Worker(idle=0.01)
+    thread = worker.do(threading.current_thread).result(PATIENCE)
     thread.join(PATIENCE)
     assert not thread.is_alive()
-    assert clerk.do(lambda: "done").result(PATIENCE) == "done"
+    assert worker.do(lambda: "done").result(PATIENCE) == "done"

@@ -56,7 +56,7 @@ def numbers(text):
 
 @pytest.mark.timeout(60)
 def test_the_demo_ends_by_itself_with_both_sides_counted(capsys):
-    """An outage is staged, both sides answer before and after it, and the exit code is 0 (R72)."""
+    """An outage is staged, both sides answer before and after it, and the exit code is 0."""
     assert main(["demo", "--seconds", "2"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
@@ -70,7 +70,7 @@ def test_the_demo_ends_by_itself_with_both_sides_counted(capsys):
 
 
 def test_a_real_model_meets_no_outage(provider, capsys):
-    """With --model the demo only calls and counts (R72)."""
+    """With --model the demo only calls and counts."""
     to = ["--model", "openai/real", "--api-base", provider.api_base]
     assert main(["demo", "--seconds", "1", *to]) == 0
     assert {request.status for request in provider.requests} == {200}
@@ -81,7 +81,7 @@ def test_a_real_model_meets_no_outage(provider, capsys):
 
 
 def test_ctrl_c_ends_the_demo_cleanly(monkeypatch):
-    """An interruption is an ending like any other: no traceback, no provider left (R72)."""
+    """An interruption is an ending like any other: no traceback, no provider left."""
 
     class Interrupted(io.StringIO):
         def write(self, text):
@@ -112,7 +112,7 @@ def test_ctrl_c_ends_the_demo_cleanly(monkeypatch):
     ids=["nothing", "zero", "nan", "base"],
 )
 def test_wrong_arguments_are_refused(capsys, arguments, told):
-    """The message names the argument and the way out (R72)."""
+    """The message names the argument and the way out."""
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -120,7 +120,7 @@ def test_wrong_arguments_are_refused(capsys, arguments, told):
 
 
 def test_a_side_counts_what_its_callers_met(provider, plain):
-    """Answers, errors, lost seconds and refused requests are counted one by one (R72)."""
+    """Answers, errors, lost seconds and refused requests are counted one by one."""
     side = Side("plain", plain, provider)
     side.call_until(Calls(3))
     side.go_down()
@@ -136,7 +136,7 @@ def test_a_side_counts_what_its_callers_met(provider, plain):
 
 
 def test_an_unexpected_error_is_counted_too(provider, plain):
-    """Whatever a call raises, its caller goes on (R72)."""
+    """Whatever a call raises, its caller goes on."""
     provider.script(Reset(), Status(401))
     side = Side("plain", plain, provider)
     side.call_until(Calls(3))
@@ -144,7 +144,7 @@ def test_an_unexpected_error_is_counted_too(provider, plain):
 
 
 def test_a_side_that_closes_ends_what_its_callers_wait_for(make):
-    """Ctrl-C need not wait for an outage to end (R72)."""
+    """Ctrl-C need not wait for an outage to end."""
     side = Side("ours", make(max_wait=60), None)
     side.lm.circuit.force_open(seconds=50)
     caller = threading.Thread(target=side.call_until, args=(Calls(1),))
@@ -159,14 +159,14 @@ def test_a_side_that_closes_ends_what_its_callers_wait_for(make):
 
 
 def test_some_reviews_repeat_and_the_rest_differ():
-    """A cache has little to hide: one call in eight can be a hit (R72)."""
+    """A cache has little to hide: one call in eight can be a hit."""
     reviews = [review_of(number) for number in range(800)]
     assert len(set(reviews)) == 700 + 3
     assert {sentiment_of(review) for review in reviews} == {"positive", "negative"}
 
 
 def test_the_circuit_column_says_how_long(make):
-    """An open circuit shows the time that is left; a plain LM has none (R72)."""
+    """An open circuit shows the time that is left; a plain LM has none."""
     lm = make()
     assert circuit_of(lm) == "closed"
     lm.circuit.force_open(seconds=50)
@@ -176,7 +176,7 @@ def test_the_circuit_column_says_how_long(make):
 
 
 def test_a_terminal_is_redrawn_in_place(provider, plain):
-    """Each table goes up exactly as many lines as the last one took (R72)."""
+    """Each table goes up exactly as many lines as the last one took."""
     out = Terminal()
     board = Board([Side("plain", plain, provider)], out)
     board.show(0.0, "up")
@@ -189,7 +189,7 @@ def test_a_terminal_is_redrawn_in_place(provider, plain):
 
 
 def test_a_file_gets_a_line_now_and_then(provider, plain):
-    """Without a terminal there are plain lines, at most one in two seconds (R72)."""
+    """Without a terminal there are plain lines, at most one in two seconds."""
     out = io.StringIO()
     board = Board([Side("plain", plain, provider)], out)
     for tenths in range(41):
@@ -199,7 +199,7 @@ def test_a_file_gets_a_line_now_and_then(provider, plain):
 
 
 def test_the_table_has_one_column_per_side(provider, plain):
-    """Every row has a value for every side (R72)."""
+    """Every row has a value for every side."""
     sides = [Side("left", plain, provider), Side("right", plain, None)]
     head, _, names, *rows = table(sides, "head").splitlines()
     assert (head, names.split()) == ("head", ["left", "right"])

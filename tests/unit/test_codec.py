@@ -86,7 +86,7 @@ TYPED = lm15.Response(
     ids=["chat", "text", "responses", "typed", "several", "dict", "none"],
 )
 def test_response_comes_back_as_it_was(response):
-    """Class, fields and nested objects survive; litellm's private notes do not (R46)."""
+    """Class, fields and nested objects survive; litellm's private notes do not."""
     found = there_and_back(answer(response=response, cost_details={"kind": "list", "x": 1.5}))
     assert type(found.record["response"]) is type(response)
     assert _public(found.record["response"]) == _public(response)
@@ -101,7 +101,7 @@ def _public(response):
 
 
 def test_fields_of_a_restored_response_read_as_before():
-    """Tools read `.choices`, `.usage` and `.cache_hit` of a response in history (R43, R46)."""
+    """Tools read `.choices`, `.usage` and `.cache_hit` of a response in history."""
     found = there_and_back(answer(response=CHAT))
     restored = found.record["response"]
     assert restored.choices[0].message.tool_calls[0].function.name == "f"
@@ -114,7 +114,7 @@ def test_fields_of_a_restored_response_read_as_before():
 
 
 def test_response_of_a_class_that_is_not_loaded_reads_the_same():
-    """Without litellm in the process its objects come back as dicts with attributes (R33, R46)."""
+    """Without litellm in the process its objects come back as dicts with attributes."""
     text = encode(answer(response=CHAT), 0.0).replace(b"litellm.types.", b"litellm.not_loaded.")
     restored = decode(text)[0]
     response = restored.record["response"]
@@ -144,12 +144,12 @@ def test_response_of_a_class_that_is_not_loaded_reads_the_same():
     ids=["texts", "objects", "attributes", "citations", "typed"],
 )
 def test_outputs_of_every_shape_come_back(outputs):
-    """Text, several candidates, and dicts with tool calls as objects or as dicts (R46)."""
+    """Text, several candidates, and dicts with tool calls as objects or as dicts."""
     assert there_and_back(Answer.of(outputs, None)).fresh_outputs() == outputs
 
 
 def test_outputs_in_history_come_back_beside_a_typed_response():
-    """History keeps DSPy's own shape of the outputs (R43, R46)."""
+    """History keeps DSPy's own shape of the outputs."""
     found = there_and_back(Answer.of(TYPED, {"response": TYPED, "outputs": ["Paris"]}))
     assert found.replayed_record()["outputs"] == ["Paris"]
 
@@ -172,7 +172,7 @@ JSON = st.recursive(
 
 @given(JSON, st.text(), st.integers(0, 10**9), st.floats(-1e12, 1e12))
 def test_every_json_value_comes_back_with_its_types(value, target, tokens, stored):
-    """Encoding and decoding change nothing, whatever the text, the keys and the types (R46)."""
+    """Encoding and decoding change nothing, whatever the text, the keys and the types."""
     before = Answer([value], {"response": value}, target, tokens=tokens)
     after, when = decode(encode(before, stored))
     assert (after, when) == (before, stored)
@@ -196,13 +196,13 @@ def test_every_json_value_comes_back_with_its_types(value, target, tokens, store
     ids=["object", "lock", "namespace", "nan", "inf", "bytes", "set", "key", "path", "huge"],
 )
 def test_what_json_cannot_hold_is_refused(value):
-    """Rather no entry than a wrong one (R46)."""
+    """Rather no entry than a wrong one."""
     with pytest.raises((TypeError, ValueError)):
         encode(answer(response={"x": value}), 0.0)
 
 
 def test_endless_value_is_refused():
-    """A cycle, or nesting without end, is not followed (R46)."""
+    """A cycle, or nesting without end, is not followed."""
     loop = []
     loop.append(loop)
     with pytest.raises(ValueError, match="deep"):
@@ -210,7 +210,7 @@ def test_endless_value_is_refused():
 
 
 def test_no_pickle_and_no_prompt_in_an_entry():
-    """An entry is JSON text that a person can read (R46)."""
+    """An entry is JSON text that a person can read."""
     text = encode(answer("Zürich", prompt="the question", messages=["the question"]), 0.0)
     assert json.loads(text)["outputs"] == ["Zürich"]
     assert b"the question" not in text

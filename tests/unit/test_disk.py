@@ -48,7 +48,7 @@ def warnings(caplog):
 
 
 def test_answer_comes_back_under_its_key(tmp_path):
-    """What was stored is found, by any cache of the same folder (R46)."""
+    """What was stored is found, by any cache of the same folder."""
     assert disk_at(tmp_path).put(key(1), answer())
     found = disk_at(tmp_path).get(key(1))
     assert (found.outputs, found.key, found.cost) == (["Paris"], key(1), 0.5)
@@ -56,7 +56,7 @@ def test_answer_comes_back_under_its_key(tmp_path):
 
 
 def test_what_json_cannot_hold_stays_in_memory(tmp_path, warnings):
-    """It is counted, and no fault of the disk (R46)."""
+    """It is counted, and no fault of the disk."""
     disk = disk_at(tmp_path)
     assert disk.put(key(), answer(response=object())) is False
     assert (disk.skipped, disk.errors, files(tmp_path), warnings()) == (1, 0, [], [])
@@ -66,7 +66,7 @@ def test_what_json_cannot_hold_stays_in_memory(tmp_path, warnings):
 
 
 def test_age_is_told_by_the_wall_clock(tmp_path):
-    """An answer is as old as the time since it was stored, in whichever process (R45, R46)."""
+    """An answer is as old as the time since it was stored, in whichever process."""
     wall = Clock(1e9)
     stored = answer()
     stored.stored_at = 40.0
@@ -77,7 +77,7 @@ def test_age_is_told_by_the_wall_clock(tmp_path):
 
 
 def test_answer_from_the_future_grows_old_too(tmp_path):
-    """A clock that was set back must not make an answer immortal (R45)."""
+    """A clock that was set back must not make an answer immortal."""
     disk_at(tmp_path, wall=Clock(2000.0)).put(key(), answer())
     assert disk_at(tmp_path, wall=Clock(500.0)).get(key()).stored_at == -1500.0
 
@@ -86,7 +86,7 @@ def test_answer_from_the_future_grows_old_too(tmp_path):
 
 
 def test_size_is_bounded(tmp_path):
-    """The entries stored longest ago make room (R46)."""
+    """The entries stored longest ago make room."""
     disk = disk_at(tmp_path, limit_bytes=2**20)
     for number in range(250):
         assert disk.put(key(number), answer("x" * 7000))
@@ -106,14 +106,14 @@ def test_large_limit_is_kept_group_by_group(tmp_path):
 
 
 def test_entry_larger_than_its_part_is_not_stored(tmp_path):
-    """One huge answer does not drive out all others (R46)."""
+    """One huge answer does not drive out all others."""
     disk = disk_at(tmp_path, limit_bytes=2**20)
     assert disk.put(key(), answer("x" * 2**20)) is False
     assert (disk.skipped, files(tmp_path)) == (1, [])
 
 
 def test_leftovers_of_killed_writers_go(tmp_path):
-    """A half-written file is no entry, and is removed when it is old (R46)."""
+    """A half-written file is no entry, and is removed when it is old."""
     wall = Clock(1e9)
     disk = disk_at(tmp_path, limit_bytes=2**20, wall=wall)
     disk.put(key(), answer())
@@ -130,7 +130,7 @@ def test_leftovers_of_killed_writers_go(tmp_path):
 
 
 def test_clearing_removes_entries_and_nothing_else(tmp_path):
-    """A user may name a folder that has other things in it (R46)."""
+    """A user may name a folder that has other things in it."""
     disk = disk_at(tmp_path)
     for number in range(5):
         disk.put(key(number), answer())
@@ -162,7 +162,7 @@ def broken(folder, change):
 
 @given(data=st.data())
 def test_entry_damaged_at_any_byte_is_a_miss(tmp_path_factory, data):
-    """One flipped bit anywhere is found; the entry is dropped and stored anew (R46)."""
+    """One flipped bit anywhere is found; the entry is dropped and stored anew."""
     folder = tmp_path_factory.mktemp("damaged")
 
     def flip(text):
@@ -182,14 +182,14 @@ def test_entry_damaged_at_any_byte_is_a_miss(tmp_path_factory, data):
 
 @given(cut=st.integers(0, 300), more=st.binary(max_size=50))
 def test_truncated_entry_is_a_miss(tmp_path_factory, cut, more):
-    """Whatever a crash of the machine left of a file is no answer (R46)."""
+    """Whatever a crash of the machine left of a file is no answer."""
     disk = broken(tmp_path_factory.mktemp("cut"), lambda text: text[:cut] + more)
     assert disk.get(key()) is None
 
 
 @given(rubbish=st.binary(max_size=200))
 def test_rubbish_is_a_miss(tmp_path_factory, rubbish):
-    """Any bytes in an entry's place are no answer (R46)."""
+    """Any bytes in an entry's place are no answer."""
     assert broken(tmp_path_factory.mktemp("rubbish"), lambda _: rubbish).get(key()) is None
 
 
@@ -232,7 +232,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_json_is_a_miss(tmp_path, warnings, body):
-    """Even an entry with a right checksum is believed only as far as it makes sense (R46)."""
+    """Even an entry with a right checksum is believed only as far as it makes sense."""
     disk = broken(tmp_path, lambda _: forged(body))
     assert disk.get(key()) is None
     assert len(warnings()) == 1
@@ -278,7 +278,7 @@ ANYTHING = st.recursive(LEAVES, with_forms, max_leaves=12)
     ),
 )
 def test_whatever_an_entry_says_it_is_a_hit_or_a_miss(tmp_path_factory, outputs, record, rest):
-    """No exception leaves: neither when it is read nor when the answer is handed out (R46)."""
+    """No exception leaves: neither when it is read nor when the answer is handed out."""
     body = json.dumps({**FINE, "outputs": outputs, "record": record, **rest}).encode()
     found = broken(tmp_path_factory.mktemp("forged"), lambda _: forged(body)).get(key())
     if found is not None:
@@ -293,7 +293,7 @@ def test_whatever_an_entry_says_it_is_a_hit_or_a_miss(tmp_path_factory, outputs,
     ["os:system", "subprocess:Popen", "litellm.types.utils:os", "litellm:nothing", "litellm", ""],
 )
 def test_restored_objects_run_nothing(tmp_path, place):
-    """A class outside litellm and openai, or no class at all, is never made (R46)."""
+    """A class outside litellm and openai, or no class at all, is never made."""
     evil = {"$": "object", "class": place, "unset": [], "of": [{"command": "false"}, None]}
     disk = broken(
         tmp_path, lambda _: forged(json.dumps({**FINE, "record": {"response": evil}}).encode())
@@ -302,7 +302,7 @@ def test_restored_objects_run_nothing(tmp_path, place):
 
 
 def test_entry_under_another_name_is_a_miss(tmp_path):
-    """An entry belongs to its key: a renamed file answers nothing (R41, R46)."""
+    """An entry belongs to its key: a renamed file answers nothing."""
     disk = disk_at(tmp_path)
     disk.put(key(1), answer())
     (file,) = files(tmp_path)
@@ -314,7 +314,7 @@ def test_entry_under_another_name_is_a_miss(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
 def test_what_is_no_file_is_a_miss(tmp_path):
-    """A folder, a link or a pipe in an entry's place neither answers nor blocks (R46)."""
+    """A folder, a link or a pipe in an entry's place neither answers nor blocks."""
     elsewhere = disk_at(tmp_path / "elsewhere")
     elsewhere.put(key(1), answer())
     disk = disk_at(tmp_path / "here")
@@ -331,7 +331,7 @@ def test_what_is_no_file_is_a_miss(tmp_path):
 
 @pytest.mark.parametrize("where", ["below a file", "no name", "not a path"])
 def test_folder_that_cannot_be_is_a_miss_and_one_warning(tmp_path, warnings, where):
-    """The first fault is logged, the others are counted, and no call fails (R46)."""
+    """The first fault is logged, the others are counted, and no call fails."""
     (tmp_path / "file").write_text("")
     folder = {
         "below a file": tmp_path / "file" / "folder",
@@ -349,7 +349,7 @@ def test_folder_that_cannot_be_is_a_miss_and_one_warning(tmp_path, warnings, whe
 
 
 def test_folder_deleted_under_our_feet_is_made_again(tmp_path, warnings):
-    """What was there is a miss, and what comes is stored (R46)."""
+    """What was there is a miss, and what comes is stored."""
     import shutil
 
     disk = disk_at(tmp_path / "answers")
@@ -374,7 +374,7 @@ def onto_read_only_disk(path, *_):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("onto", [onto_full_disk, onto_read_only_disk])
 def test_disk_that_takes_no_more_still_answers(tmp_path, warnings, monkeypatch, onto):
-    """What is there is read; an entry that did not fit leaves nothing behind (R46)."""
+    """What is there is read; an entry that did not fit leaves nothing behind."""
     disk = disk_at(tmp_path)
     disk.put(key(1), answer())
     with monkeypatch.context() as patched:
@@ -387,7 +387,7 @@ def test_disk_that_takes_no_more_still_answers(tmp_path, warnings, monkeypatch, 
 
 
 def test_folder_that_cannot_be_tidied_still_stores(tmp_path, warnings, monkeypatch):
-    """An entry is there, whether room can be made or not (R46)."""
+    """An entry is there, whether room can be made or not."""
     disk = disk_at(tmp_path, limit_bytes=2**20)
     monkeypatch.setattr(os, "scandir", onto_read_only_disk)
     assert all(disk.put(key(number), answer("x" * 8000)) for number in range(40))
@@ -396,7 +396,7 @@ def test_folder_that_cannot_be_tidied_still_stores(tmp_path, warnings, monkeypat
 
 
 def test_warning_quotes_no_answer(tmp_path, warnings):
-    """A fault is told without what the answer says (R7)."""
+    """A fault is told without what the answer says."""
     wrong = {**dataclasses.asdict(lm15.Usage()), "input_tokens": "the answer"}
     body = {**FINE, "outputs": {"$": "typed", "class": "Usage", "of": wrong}}
     assert broken(tmp_path, lambda _: forged(json.dumps(body).encode())).get(key()) is None
@@ -404,13 +404,13 @@ def test_warning_quotes_no_answer(tmp_path, warnings):
 
 
 def test_folder_is_private_to_the_user(tmp_path):
-    """Nobody else reads a user's answers, unless the user has made the folder so (R46)."""
+    """Nobody else reads a user's answers, unless the user has made the folder so."""
     disk_at(tmp_path / "answers").put(key(), answer())
     assert (tmp_path / "answers").stat().st_mode & 0o077 == 0
 
 
 def test_threads_share_one_folder(tmp_path):
-    """Writers, readers and removers of the same few entries never see a half of one (R46)."""
+    """Writers, readers and removers of the same few entries never see a half of one."""
     disk = disk_at(tmp_path)
     start = threading.Barrier(6)
 

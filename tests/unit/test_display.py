@@ -9,8 +9,8 @@ import pytest
 
 from dspy_resilient import CircuitBreaker, CircuitPolicy
 from dspy_resilient.events import printable
-from dspy_resilient.observe import Latency, Stats
-from dspy_resilient.observe.display import badge, client_html, clients_html
+from dspy_resilient.stats import Latency, Stats
+from dspy_resilient.stats.display import badge, client_html, clients_html
 from dspy_resilient.testing import Clock
 
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x1b[31m\n"
@@ -69,7 +69,7 @@ def views(name):
 
 @pytest.mark.parametrize("html", [*views(HOSTILE)], ids=["circuit", "stats", "client", "clients"])
 def test_a_name_stays_a_name(html):
-    """Nothing in a model's name becomes HTML, and no control character passes (R71)."""
+    """Nothing in a model's name becomes HTML, and no control character passes."""
     page = Page(html)
     assert set(page.tags) <= {"div", "span", "table", "tr", "th", "td"}
     assert {name for name, _ in page.attributes} <= {"style"}
@@ -79,7 +79,7 @@ def test_a_name_stays_a_name(html):
 
 @pytest.mark.parametrize("html", [*views("fast")], ids=["circuit", "stats", "client", "clients"])
 def test_the_html_loads_nothing(html):
-    """No script, no style sheet, no address: it works offline and tells nobody (R71)."""
+    """No script, no style sheet, no address: it works offline and tells nobody."""
     assert not re.search(r"https?:|//|url\(|@import|src=|href=|<style|<link|<script", html)
 
 
@@ -91,7 +91,7 @@ def test_a_client_at_an_endpoint_shows_it_as_text():
 
 
 def test_every_state_has_a_badge_that_reads_on_light_and_on_dark():
-    """A badge brings both colours; the rest takes the notebook's own (R71)."""
+    """A badge brings both colours; the rest takes the notebook's own."""
     looks = {badge(state) for state in ("closed", "open", "half_open", "forced_open", "unknown")}
     assert len(looks) == 5
     assert all("background:#" in look and "color:#fff" in look for look in looks)
@@ -141,7 +141,7 @@ def test_html_and_text_say_the_same():
 
 
 def test_a_hostile_name_cannot_steer_a_terminal():
-    """No escape sequence and no second line (R71)."""
+    """No escape sequence and no second line."""
     assert printable("a\x1b[2J\nb\u202ec") == "a�[2J�b�c"
     assert len(str(Stats(client=HOSTILE)).splitlines()) == 3
 
@@ -169,7 +169,7 @@ def test_a_hostile_name_cannot_steer_a_terminal():
     ],
 )
 def test_a_circuit_says_what_why_since_when_and_until_when(act, says):
-    """In words, in every state (R71)."""
+    """In words, in every state."""
     clock = Clock()
     breaker = CircuitBreaker(CircuitPolicy(recovery_time=20, jitter=0), clock=clock)
     clock.advance(12)

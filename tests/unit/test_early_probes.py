@@ -1,4 +1,4 @@
-"""Early probes: with every circuit open, somebody still looks now and then (R52).
+"""Early probes: with every circuit open, somebody still looks now and then.
 
 Of the changes of one operator, constant or statement in `early.py`, the one that no test notices
 returns None for False.
@@ -74,7 +74,7 @@ def test_only_an_open_circuit_is_probed_early(clock, force):
 
 
 def test_one_early_probe_per_recovery_time_for_all_circuits_together(clock):
-    """Not one per target (R52)."""
+    """Not one per target."""
     early = EarlyProbes(clock)
     circuits = [CircuitBreaker(POLICY, clock=clock) for _ in range(3)]
     for circuit in circuits:
@@ -111,7 +111,7 @@ def test_of_many_threads_one_is_early(clock, circuit):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_child_of_a_fork_goes_on(clock, circuit):
-    """A lock that another thread held at the fork stays behind (R8)."""
+    """A lock that another thread held at the fork stays behind."""
     early = EarlyProbes(clock)
     clock.advance(5)
     with early._lock:

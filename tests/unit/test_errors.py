@@ -128,7 +128,7 @@ def test_a_refusal_is_told_from_a_failure_by_its_class():
 
 
 def test_all_targets_failed_keeps_its_errors_in_order():
-    """One error per target, whatever they were given as (R52)."""
+    """One error per target, whatever they were given as."""
     one, two = dspy.LMServerError("a"), CircuitOpenError("b")
     error = AllTargetsFailedError("none", errors=iter([one, two]))
     assert error.errors == (one, two)

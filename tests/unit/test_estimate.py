@@ -1,4 +1,4 @@
-"""How many tokens a call reserves before anybody knows (R53)."""
+"""How many tokens a call reserves before anybody knows."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def in_threads(*bodies):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_event_is_a_frozen_fact(kind):
-    """Nobody can change what happened; equal facts are equal (R70)."""
+    """Nobody can change what happened; equal facts are equal."""
     event = sample(kind)
     with pytest.raises((dataclasses.FrozenInstanceError, TypeError)):
         event.client = "other"
@@ -89,7 +89,7 @@ def test_an_event_is_a_frozen_fact(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_event_names_its_client_its_target_and_its_time(kind):
-    """Every event has client, target and at, and takes nothing by position (R70)."""
+    """Every event has client, target and at, and takes nothing by position."""
     event = sample(kind)
     assert (event.client, event.target, event.at) == ("fast", "openai/x", 1.0)
     with pytest.raises(TypeError):
@@ -98,13 +98,13 @@ def test_an_event_names_its_client_its_target_and_its_time(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_event_says_what_happened_in_the_past_tense(kind):
-    """Its name is a fact, not an order (R70)."""
+    """Its name is a fact, not an order."""
     assert kind.__doc__
     assert kind.__name__.endswith(("ed", "Back", "Hit", "Lost", "Found"))
 
 
 def test_one_listener_hears_everything_in_order():
-    """Events of one thread arrive as they were emitted (R13)."""
+    """Events of one thread arrive as they were emitted."""
     heard = []
     hub = Hub(heard.append)
     for number in range(100):
@@ -113,7 +113,7 @@ def test_one_listener_hears_everything_in_order():
 
 
 def test_events_of_many_threads_never_overtake_each_other():
-    """Each thread's events arrive in its order, one at a time, none lost or doubled (R13)."""
+    """Each thread's events arrive in its order, one at a time, none lost or doubled."""
     heard, inside = [], []
 
     def listen(event):
@@ -140,7 +140,7 @@ def test_events_of_many_threads_never_overtake_each_other():
 
 
 def test_a_blocking_listener_blocks_nobody_else():
-    """Other threads emit and go on while a listener is stuck; it hears of it afterwards (R13)."""
+    """Other threads emit and go on while a listener is stuck; it hears of it afterwards."""
     entered, go_on, heard = threading.Event(), threading.Event(), []
 
     def listen(event):
@@ -161,7 +161,7 @@ def test_a_blocking_listener_blocks_nobody_else():
 
 
 def test_a_listener_may_emit():
-    """What a listener causes it hears after it has returned, in order (R13)."""
+    """What a listener causes it hears after it has returned, in order."""
     heard, depth = [], []
 
     def listen(event):
@@ -178,7 +178,7 @@ def test_a_listener_may_emit():
 
 
 def test_a_listener_may_wait_for_a_thread_that_emits():
-    """No lock is held while a listener runs (R13)."""
+    """No lock is held while a listener runs."""
     heard = []
 
     def listen(event):
@@ -192,7 +192,7 @@ def test_a_listener_may_wait_for_a_thread_that_emits():
 
 
 def test_a_failing_listener_breaks_nothing_and_is_logged_once(caplog):
-    """A hook that raises is somebody's bug and no outage (R13)."""
+    """A hook that raises is somebody's bug and no outage."""
     heard = []
 
     def listen(event):
@@ -234,7 +234,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_change_of_state_is_one_line_with_its_name_and_facts(kind, caplog):
-    """The event's name is fixed text and the facts are extra (R70)."""
+    """The event's name is fixed text and the facts are extra."""
     caplog.set_level(logging.DEBUG, logger="dspy_resilient")
     event = sample(kind)
     Hub().emit(event)
@@ -249,14 +249,14 @@ def test_a_change_of_state_is_one_line_with_its_name_and_facts(kind, caplog):
 
 @pytest.mark.parametrize("kind", [each for each in KINDS if each not in CHANGES])
 def test_what_one_call_met_is_not_logged(kind, caplog):
-    """A log line per state change, never one per call (R70)."""
+    """A log line per state change, never one per call."""
     caplog.set_level(logging.DEBUG, logger="dspy_resilient")
     Hub().emit(sample(kind))
     assert not caplog.records
 
 
 def test_the_table_of_events_is_complete():
-    """Each event is listed once, with the level of its line in the log or none (R70)."""
+    """Each event is listed once, with the level of its line in the log or none."""
     rows = re.findall(r"^    ([A-Z]\w+) .* (-|info|warning)$", events.__doc__, flags=re.MULTILINE)
     assert sorted(name for name, _ in rows) == sorted(kind.__name__ for kind in KINDS)
     logged = {name for name, level in rows if level != "-"}
@@ -283,14 +283,14 @@ def shown(monkeypatch, *kinds, handler=None, level=logging.INFO, terminal=None):
 
 
 def test_a_long_wait_is_seen_once_without_any_logging(monkeypatch):
-    """Python's own last resort writes warnings to the terminal (R70)."""
+    """Python's own last resort writes warnings to the terminal."""
     (line,) = shown(monkeypatch, WaitStarted).splitlines()
     assert line.startswith("dspy_resilient.wait_started client=fast")
     assert "ends='14:03:25'" in line
 
 
 def test_a_long_wait_is_seen_though_the_log_goes_to_a_file(monkeypatch, tmp_path):
-    """A run at a terminal must not seem hung (R70)."""
+    """A run at a terminal must not seem hung."""
     with contextlib.closing(logging.FileHandler(tmp_path / "log")) as handler:
         text = shown(monkeypatch, WaitStarted, Throttled, handler=handler)
     assert len(text.splitlines()) == 1
@@ -298,7 +298,7 @@ def test_a_long_wait_is_seen_though_the_log_goes_to_a_file(monkeypatch, tmp_path
 
 
 def test_a_long_wait_is_not_said_twice(monkeypatch):
-    """Where the log is shown on the terminal, its line is enough (R70)."""
+    """Where the log is shown on the terminal, its line is enough."""
     terminal = Terminal()
     text = shown(
         monkeypatch, WaitStarted, handler=logging.StreamHandler(terminal), terminal=terminal
@@ -307,7 +307,7 @@ def test_a_long_wait_is_not_said_twice(monkeypatch):
 
 
 def test_silence_is_kept(monkeypatch):
-    """Neither a program that wants no warnings nor one without a terminal hears anything (R70)."""
+    """Neither a program that wants no warnings nor one without a terminal hears anything."""
     keep = logging.NullHandler()
     assert not shown(monkeypatch, WaitStarted, handler=keep, level=logging.ERROR)
     assert not shown(monkeypatch, WaitStarted, handler=keep, terminal=io.StringIO())
@@ -343,7 +343,7 @@ def test_nobody_listening_costs_nothing():
 
 
 def test_a_renewed_hub_delivers_again():
-    """A fork in the middle of a delivery leaves the child able to deliver, and nothing doubled (R8)."""
+    """A fork in the middle of a delivery leaves the child able to deliver, and nothing doubled."""
     entered, go_on, heard = threading.Event(), threading.Event(), []
 
     def listen(event):
@@ -368,7 +368,7 @@ def test_a_renewed_hub_delivers_again():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_listener_may_fork():
-    """The child of a listener goes on from there (R8)."""
+    """The child of a listener goes on from there."""
     heard = []
 
     def listen(event):

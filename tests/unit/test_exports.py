@@ -47,7 +47,7 @@ def test_every_error_is_public():
 
 
 def test_the_class_keeps_its_module():
-    """Saved programs name it, so files may move and the name may not (R7)."""
+    """Saved programs name it, so files may move and the name may not."""
     assert dspy_resilient.ResilientLM.__module__ == "dspy_resilient"
     assert dspy_resilient.ResilientLM.__qualname__ == "ResilientLM"
 

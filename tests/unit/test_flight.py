@@ -34,7 +34,7 @@ def news(waiter):
 
 
 def test_first_one_leads_and_the_others_wait():
-    """One call per key is sent (R44)."""
+    """One call per key is sent."""
     flights = flights_for()
     joined(flights, 3)
     assert isinstance(flights.join("another key"), Lead)
@@ -42,7 +42,7 @@ def test_first_one_leads_and_the_others_wait():
 
 
 def test_answer_reaches_all_who_wait():
-    """Every follower gets the leader's answer, and the flight is over (R44)."""
+    """Every follower gets the leader's answer, and the flight is over."""
     flights = flights_for()
     lead, *waiters = joined(flights, 3)
     lead.land(ANSWER)
@@ -52,7 +52,7 @@ def test_answer_reaches_all_who_wait():
 
 
 def test_providers_error_reaches_all_who_wait_at_once():
-    """Nobody asks again one by one; each gets a copy with the leader's error as cause (R44)."""
+    """Nobody asks again one by one; each gets a copy with the leader's error as cause."""
     flights = flights_for()
     lead, *waiters = joined(flights, 2)
     error = dspy.LMServerError("down", model="m")
@@ -67,7 +67,7 @@ def test_providers_error_reaches_all_who_wait_at_once():
 
 
 def test_notes_on_a_copy_stay_on_the_copy():
-    """What one follower adds to its error is not shown to the others (R44)."""
+    """What one follower adds to its error is not shown to the others."""
     flights = flights_for()
     lead, waiter = joined(flights, 1)
     error = ValueError("x")
@@ -90,7 +90,7 @@ class SoleError(Exception):
 
 @pytest.mark.parametrize("error", [UncopyableError(1, 2), SoleError()])
 def test_error_that_cannot_be_copied_is_shared(error):
-    """Better the same object than another error (R44)."""
+    """Better the same object than another error."""
     flights = flights_for()
     lead, waiter = joined(flights, 1)
     lead.fail(error)
@@ -99,7 +99,7 @@ def test_error_that_cannot_be_copied_is_shared(error):
 
 
 def test_when_a_leader_gives_up_the_longest_waiting_leads():
-    """A cancelled leader harms nobody: the next one sends, the others go on waiting (R44)."""
+    """A cancelled leader harms nobody: the next one sends, the others go on waiting."""
     flights = flights_for()
     lead, first, second = joined(flights, 2)
     lead.abandon()
@@ -113,7 +113,7 @@ def test_when_a_leader_gives_up_the_longest_waiting_leads():
 
 
 def test_when_nobody_waits_giving_up_ends_the_flight():
-    """The next one who asks starts afresh (R44)."""
+    """The next one who asks starts afresh."""
     flights = flights_for()
     (lead,) = joined(flights, 0)
     lead.abandon()
@@ -123,7 +123,7 @@ def test_when_nobody_waits_giving_up_ends_the_flight():
 
 @pytest.mark.parametrize("end", ["land", "fail", "abandon"])
 def test_only_the_first_end_counts(end):
-    """What a leader says after its end changes nothing, whatever came first (R44)."""
+    """What a leader says after its end changes nothing, whatever came first."""
     flights = flights_for()
     lead, first = joined(flights, 1)
     ends = {"land": (ANSWER,), "fail": (ValueError("x"),), "abandon": ()}
@@ -139,7 +139,7 @@ def test_only_the_first_end_counts(end):
 
 
 def test_waiter_who_leaves_leaves_no_trace():
-    """A cancelled follower is not promoted and gets nothing (R44)."""
+    """A cancelled follower is not promoted and gets nothing."""
     flights = flights_for()
     lead, gone, stays = joined(flights, 2)
     gone.leave()
@@ -150,7 +150,7 @@ def test_waiter_who_leaves_leaves_no_trace():
 
 
 def test_lead_that_came_to_one_who_left_goes_on():
-    """A follower promoted in the moment it is cancelled passes the lead on (R44)."""
+    """A follower promoted in the moment it is cancelled passes the lead on."""
     flights = flights_for()
     lead, first, second, third = joined(flights, 3)
     lead.abandon()
@@ -162,7 +162,7 @@ def test_lead_that_came_to_one_who_left_goes_on():
 
 
 def test_leaving_after_the_news_changes_nothing():
-    """An answer that came too late for a follower is still everybody else's (R44)."""
+    """An answer that came too late for a follower is still everybody else's."""
     flights = flights_for()
     lead, first, second = joined(flights, 2)
     lead.land(ANSWER)
@@ -171,7 +171,7 @@ def test_leaving_after_the_news_changes_nothing():
 
 
 def test_nobody_waits_behind_an_old_attempt():
-    """Behind one older than `coalesce_max_age` a newcomer sends its own, and only one (R44)."""
+    """Behind one older than `coalesce_max_age` a newcomer sends its own, and only one."""
     clock = Clock()
     flights = flights_for(clock)
     lead, waiter = joined(flights, 1)
@@ -186,7 +186,7 @@ def test_nobody_waits_behind_an_old_attempt():
 
 
 def test_age_counts_from_the_latest_send():
-    """A retry makes the flight young again; before the first send it has no age (R44)."""
+    """A retry makes the flight young again; before the first send it has no age."""
     clock = Clock()
     flights = flights_for(clock)
     lead = flights.join("k")
@@ -201,7 +201,7 @@ def test_age_counts_from_the_latest_send():
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_first_answer_serves_both_leads(first):
-    """Whichever lead lands, all waiters and the other lead have its answer (R44)."""
+    """Whichever lead lands, all waiters and the other lead have its answer."""
     clock = Clock()
     flights = flights_for(clock)
     lead, early = joined(flights, 1)
@@ -218,7 +218,7 @@ def test_first_answer_serves_both_leads(first):
 
 
 def test_error_of_one_lead_spares_who_can_still_be_served():
-    """While another lead is under way, nobody fails (R44)."""
+    """While another lead is under way, nobody fails."""
     clock = Clock()
     flights = flights_for(clock)
     lead, waiter = joined(flights, 1)
@@ -233,7 +233,7 @@ def test_error_of_one_lead_spares_who_can_still_be_served():
 
 
 def test_abandoned_lead_passes_on_unless_a_young_one_is_left():
-    """Nobody is left behind an old attempt alone, and no attempt is sent without need (R44)."""
+    """Nobody is left behind an old attempt alone, and no attempt is sent without need."""
     clock = Clock()
     flights = flights_for(clock)
     lead, first = joined(flights, 1)
@@ -250,7 +250,7 @@ def test_abandoned_lead_passes_on_unless_a_young_one_is_left():
 
 
 def test_without_an_age_nobody_waits():
-    """`coalesce_max_age=0` switches single-flight off (R44)."""
+    """`coalesce_max_age=0` switches single-flight off."""
     flights = flights_for(max_age=0.0)
     leads = [flights.join("k") for _ in range(3)]
     assert all(isinstance(lead, Lead) for lead in leads)
@@ -260,7 +260,7 @@ def test_without_an_age_nobody_waits():
 
 
 def test_future_cannot_be_cancelled():
-    """An event loop that cancels what it waits for does not break the flight (R44)."""
+    """An event loop that cancels what it waits for does not break the flight."""
     flights = flights_for()
     lead, waiter = joined(flights, 1)
     assert waiter.future.cancel() is False
@@ -274,7 +274,7 @@ def test_future_cannot_be_cancelled():
     ids=["land", "fail", "abandon"],
 )
 def test_news_is_given_without_the_lock(end):
-    """A follower may join another flight from the callback of its own future (R12)."""
+    """A follower may join another flight from the callback of its own future."""
     flights = flights_for()
     lead, waiter = joined(flights, 1)
     places = []
@@ -284,7 +284,7 @@ def test_news_is_given_without_the_lock(end):
 
 
 def test_threads_and_loops_wait_for_the_same_leader():
-    """Threads, and tasks of several loops, share one call (R44)."""
+    """Threads, and tasks of several loops, share one call."""
     flights = Flights()
     lead = flights.join("k")
     here = threading.Barrier(5)
@@ -340,7 +340,7 @@ def test_storm_of_threads_sends_few_and_serves_all(round_):
 
 
 def test_finalizer_that_interrupts_the_flights_does_not_block():
-    """A dying task may give up its lead while its own thread is inside the lock (R44)."""
+    """A dying task may give up its lead while its own thread is inside the lock."""
     flights = flights_for()
     lead, waiter = joined(flights, 1)
     with flights._lock:
@@ -385,7 +385,7 @@ def test_places_can_die_at_any_moment():
 
 
 def test_renewed_flights_are_empty():
-    """Who led or waited before the fork does so in the parent only (R8)."""
+    """Who led or waited before the fork does so in the parent only."""
     flights = flights_for()
     lead, waiter = joined(flights, 1)
     with flights._lock:
@@ -400,7 +400,7 @@ def test_renewed_flights_are_empty():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_waits_for_nobody_of_its_parent():
-    """The parent's calls do not exist in the child, whoever held the lock at the fork (R8)."""
+    """The parent's calls do not exist in the child, whoever held the lock at the fork."""
     flights = flights_for()
     lead, waiter = joined(flights, 1)
     holding, done = threading.Event(), threading.Event()

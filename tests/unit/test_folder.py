@@ -21,7 +21,7 @@ def dspys_folder(tmp_path, monkeypatch):
 
 
 def test_same_configuration_has_the_same_folder(dspys_folder):
-    """A restarted process finds its answers; another model, place or tenant has its own (R46)."""
+    """A restarted process finds its answers; another model, place or tenant has its own."""
     folders = [disk_folder(CachePolicy(), name=None, **CLIENT)]
     folders += [disk_folder(CachePolicy(), name=None, **{**CLIENT, part: "x"}) for part in CLIENT]
     folders += [disk_folder(CachePolicy(), name="fast", **CLIENT)]
@@ -35,7 +35,7 @@ def test_same_configuration_has_the_same_folder(dspys_folder):
 
 @pytest.mark.parametrize("name", ["../../etc", "a/b", "a\\b", "..", "", "nul\0", "é", "x" * 300])
 def test_no_name_leads_out_of_the_folder(dspys_folder, name):
-    """A name is one folder, whatever is in it, and another name another one (R46)."""
+    """A name is one folder, whatever is in it, and another name another one."""
     folder = Path(disk_folder(CachePolicy(), name=name, **CLIENT))
     assert folder.resolve().parent == dspys_folder.resolve() / "resilient"
     assert len(folder.name) < 100
@@ -43,7 +43,7 @@ def test_no_name_leads_out_of_the_folder(dspys_folder, name):
 
 
 def test_disk_follows_dspys_own(dspys_folder, monkeypatch):
-    """Where DSPy keeps its answers we keep ours, and nowhere if it keeps none (R46)."""
+    """Where DSPy keeps its answers we keep ours, and nowhere if it keeps none."""
     monkeypatch.setitem(
         vars(dspy), "cache", SimpleNamespace(enable_disk_cache=True, disk_cache_dir="/fast")
     )
@@ -53,7 +53,7 @@ def test_disk_follows_dspys_own(dspys_folder, monkeypatch):
 
 
 def test_folder_of_the_user_is_taken_as_given(tmp_path):
-    """`disk=` names the folder itself, and None ends the disk (R46)."""
+    """`disk=` names the folder itself, and None ends the disk."""
     assert disk_folder(CachePolicy(disk=str(tmp_path)), name="n", **CLIENT) == str(tmp_path)
     assert disk_folder(CachePolicy(disk="~/x"), name="n", **CLIENT) == str(Path.home() / "x")
     assert disk_folder(CachePolicy(disk="~nobody.at.all/x"), name="n", **CLIENT) is not None
@@ -61,7 +61,7 @@ def test_folder_of_the_user_is_taken_as_given(tmp_path):
 
 
 def test_without_a_home_the_folder_is_here(monkeypatch):
-    """As for DSPy: no home folder is no reason to fail (R46)."""
+    """As for DSPy: no home folder is no reason to fail."""
     monkeypatch.delenv("DSPY_CACHEDIR", raising=False)
     monkeypatch.delitem(vars(dspy), "cache", raising=False)
     monkeypatch.setattr(Path, "home", _no_home)

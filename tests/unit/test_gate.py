@@ -14,8 +14,8 @@ import threading
 
 import pytest
 
-from dspy_resilient.circuit import ThrottleGate
 from dspy_resilient.events import Throttled
+from dspy_resilient.limits import ThrottleGate
 from dspy_resilient.testing import Clock
 
 
@@ -45,7 +45,7 @@ def pass_through(gate, clock):
     return gate.admit()
 
 
-def under_way(gate):
+def in_flight(gate):
     """Take every pass that may be had now."""
     passes = []
     while (ticket := gate.admit()) is not None:
@@ -58,7 +58,7 @@ def under_way(gate):
 
 
 def test_open_gate_lets_everybody_through(make):
-    """Without a 429 there is no gate (R28)."""
+    """Without a 429 there is no gate."""
     gate = make()
     passes = [gate.admit() for _ in range(1000)]
     assert None not in passes
@@ -68,7 +68,7 @@ def test_open_gate_lets_everybody_through(make):
 
 
 def test_hint_closes_it_for_so_long(make, clock):
-    """A 429 closes the gate for what the provider asked for, exactly (R28)."""
+    """A 429 closes the gate for what the provider asked for, exactly."""
     gate = make()
     assert close(gate, 7.5) == 7.5
     assert gate.admit() is None
@@ -81,7 +81,7 @@ def test_hint_closes_it_for_so_long(make, clock):
 
 
 def test_hint_is_clamped_but_told_whole(make, clock):
-    """`max_retry_after` bounds the pause; the caller hears what was asked for (R28)."""
+    """`max_retry_after` bounds the pause; the caller hears what was asked for."""
     gate = make(max_retry_after=60.0)
     assert close(gate, 3600) == 60
     assert gate.hint == 3600
@@ -90,7 +90,7 @@ def test_hint_is_clamped_but_told_whole(make, clock):
 
 
 def test_shorter_hint_shortens_nothing(make):
-    """The longest pause asked for holds (R28)."""
+    """The longest pause asked for holds."""
     gate = make()
     early, late = gate.admit(), gate.admit()
     early.throttled(30)
@@ -99,7 +99,7 @@ def test_shorter_hint_shortens_nothing(make):
 
 
 def test_longer_hint_lengthens(make, clock):
-    """A later, longer pause holds (R28)."""
+    """A later, longer pause holds."""
     gate = make()
     early, late = gate.admit(), gate.admit()
     early.throttled(5)
@@ -108,7 +108,7 @@ def test_longer_hint_lengthens(make, clock):
 
 
 def test_pauses_without_hint_double(make, clock):
-    """Without a hint: 1, 2, 4 … 30 s for each 429 that no answer broke (R28)."""
+    """Without a hint: 1, 2, 4 … 30 s for each 429 that no answer broke."""
     gate = make()
     pauses = [close(gate)]
     pauses += [pass_through(gate, clock).throttled(None) for _ in range(7)]
@@ -117,20 +117,20 @@ def test_pauses_without_hint_double(make, clock):
 
 @pytest.mark.parametrize(("draw", "pause"), [(0.0, 0.1), (0.5, 0.55), (1.0, 1.0)])
 def test_pauses_without_hint_are_jittered_but_never_nothing(make, draw, pause):
-    """Drawn evenly, from a tenth of the step to the whole of it (R28)."""
+    """Drawn evenly, from a tenth of the step to the whole of it."""
     assert close(make(random=lambda: draw)) == pytest.approx(pause)
 
 
 @pytest.mark.parametrize("hint", [0, -3, math.nan, math.inf, -math.inf])
 def test_senseless_hint_is_no_hint(make, hint):
-    """A provider that asks for nothing, or for ever, has said nothing (R28)."""
+    """A provider that asks for nothing, or for ever, has said nothing."""
     gate = make()
     assert close(gate, hint) == 1
     assert gate.hint is None
 
 
 def test_burst_of_429s_is_one_step(make, clock):
-    """Calls that were under way when the gate closed bring old news (R28)."""
+    """Calls that were under way when the gate closed bring old news."""
     gate = make()
     passes = [gate.admit() for _ in range(50)]
     assert {ticket.throttled(None) for ticket in passes} == {1}
@@ -138,7 +138,7 @@ def test_burst_of_429s_is_one_step(make, clock):
 
 
 def test_answer_starts_the_steps_again(make, clock):
-    """After an answer the next 429 is a first one (R28)."""
+    """After an answer the next 429 is a first one."""
     gate = make()
     close(gate)
     pass_through(gate, clock).throttled(None)
@@ -153,7 +153,7 @@ def test_old_429_closes_an_open_gate(make, clock):
     close(gate)
     clock.advance(1)
     while not gate._open:
-        for ticket in under_way(gate):
+        for ticket in in_flight(gate):
             ticket.answered()
     newer = gate.admit()
     assert straggler.throttled(5) == 5
@@ -161,18 +161,18 @@ def test_old_429_closes_an_open_gate(make, clock):
 
 
 def test_old_429_makes_a_reopening_gate_careful(make, clock):
-    """A straggler's hint holds, and the reopening begins with one call again (R28)."""
+    """A straggler's hint holds, and the reopening begins with one call again."""
     gate = make()
     straggler = gate.admit()
     close(gate)
     pass_through(gate, clock).answered()
     assert straggler.throttled(5) == 5
     clock.advance(5)
-    assert len(under_way(gate)) == 1
+    assert len(in_flight(gate)) == 1
 
 
 def test_new_429_shortens_no_old_hint(make, clock):
-    """Neither a straggler's pause nor a newer, shorter one ends the longest (R28)."""
+    """Neither a straggler's pause nor a newer, shorter one ends the longest."""
     gate = make()
     straggler = gate.admit()
     close(gate)
@@ -182,7 +182,7 @@ def test_new_429_shortens_no_old_hint(make, clock):
 
 
 def test_answer_opens_no_closed_gate(make, clock):
-    """What was answered before a straggler's 429 calls nobody to a closed gate (R28)."""
+    """What was answered before a straggler's 429 calls nobody to a closed gate."""
     gate = make()
     straggler = gate.admit()
     close(gate)
@@ -195,25 +195,25 @@ def test_answer_opens_no_closed_gate(make, clock):
 
 
 def test_answers_open_no_gate_before_its_time(make, clock):
-    """However many calls that were let in before a straggler's 429 are answered after it (R28)."""
+    """However many calls that were let in before a straggler's 429 are answered after it."""
     gate = make()
     straggler = gate.admit()
     close(gate)
     pass_through(gate, clock).answered()
     for _ in range(3):
         gate.admit().answered()
-    passes = under_way(gate)
+    passes = in_flight(gate)
     assert len(passes) == 16
     straggler.throttled(30)
     for ticket in passes:
         ticket.answered()
     assert gate.wait_time() == 30
     clock.advance(30)
-    assert len(under_way(gate)) == 1
+    assert len(in_flight(gate)) == 1
 
 
 def test_pass_from_before_a_closing_is_not_current(make, clock):
-    """What has waited elsewhere meanwhile must ask again (R11, R28)."""
+    """What has waited elsewhere meanwhile must ask again."""
     gate = make()
     early = gate.admit()
     assert early.is_current
@@ -228,7 +228,7 @@ def test_pass_from_before_a_closing_is_not_current(make, clock):
 
 
 def test_zero_max_retry_after_waits_for_no_hint(make):
-    """0 is an answer: no pause is waited for, however short (R28)."""
+    """0 is an answer: no pause is waited for, however short."""
     gate = make(max_retry_after=0)
     assert close(gate, 5) == 0
     assert gate.hint == 5
@@ -249,13 +249,13 @@ def test_bad_max_retry_after_is_refused(value):
 
 
 def test_it_reopens_for_one_call_and_doubles_per_answer(make, clock):
-    """1, 2, 4, 8 … calls at a time: no stampede into the next 429 (R28)."""
+    """1, 2, 4, 8 … calls at a time: no stampede into the next 429."""
     gate = make()
     close(gate)
     clock.advance(1)
     sizes = []
     for _ in range(6):
-        passes = under_way(gate)
+        passes = in_flight(gate)
         sizes.append(len(passes))
         passes[0].answered()
         for ticket in passes[1:]:
@@ -265,7 +265,7 @@ def test_it_reopens_for_one_call_and_doubles_per_answer(make, clock):
 
 
 def test_waiting_crowd_keeps_it_from_opening_wide(make, clock):
-    """It is open only when it has room for everybody who waits (R28)."""
+    """It is open only when it has room for everybody who waits."""
     gate = make()
     close(gate)
     waiters = [gate.enlist() for _ in range(500)]
@@ -279,14 +279,14 @@ def test_waiting_crowd_keeps_it_from_opening_wide(make, clock):
 
 
 def test_released_pass_gives_its_place_back(make, clock):
-    """A call that was never sent teaches nothing and blocks nobody (R28)."""
+    """A call that was never sent teaches nothing and blocks nobody."""
     gate = make()
     close(gate)
     ticket = pass_through(gate, clock)
     assert gate.wait_time() == math.inf
     ticket.release()
     assert gate.wait_time() == 0
-    assert len(under_way(gate)) == 1
+    assert len(in_flight(gate)) == 1
 
 
 def test_lost_pass_loses_its_place(make, clock):
@@ -339,7 +339,7 @@ def test_nothing_is_heard_after_the_first_report(make, clock, report, reopening)
 
 
 def test_reset_forgets_everything(make, clock):
-    """After `reset` it is as new, and nobody waits any more (R28)."""
+    """After `reset` it is as new, and nobody waits any more."""
     gate = make()
     close(gate, 40)
     clock.advance(1)
@@ -358,7 +358,7 @@ def test_reset_forgets_everything(make, clock):
 
 
 def test_gate_that_opens_keeps_nobodys_place(make, clock):
-    """Those still under way report to an open gate, which asks for no place back (R28)."""
+    """Those still under way report to an open gate, which asks for no place back."""
     by_hand, by_answers = make(), make()
     for gate in (by_hand, by_answers):
         close(gate)
@@ -366,16 +366,16 @@ def test_gate_that_opens_keeps_nobodys_place(make, clock):
     late = [by_hand.admit()]
     by_hand.reset()
     while by_answers.wait_time() == 0 and not by_answers._open:
-        ticket, *others = under_way(by_answers)
+        ticket, *others = in_flight(by_answers)
         late += others
         ticket.answered()
     for ticket in late:
         ticket.answered()
-    assert by_hand._places.taken(-math.inf) == by_answers._places.taken(-math.inf) == 0
+    assert by_hand._leases.taken(-math.inf) == by_answers._leases.taken(-math.inf) == 0
 
 
 def test_what_another_client_heard_closes_it_too(make, clock):
-    """It is news if the pause that is known here is over, and a longer one holds (R28)."""
+    """It is news if the pause that is known here is over, and a longer one holds."""
     gate = make(max_retry_after=60.0)
     ticket = gate.admit()
     gate._follow(clock(), 5, None)
@@ -393,21 +393,21 @@ def test_what_another_client_heard_closes_it_too(make, clock):
 
 
 def test_answers_from_before_do_not_reopen(make, clock):
-    """An answer to a call that was let in before the 429 opens nothing (R28)."""
+    """An answer to a call that was let in before the 429 opens nothing."""
     gate = make()
     early = [gate.admit() for _ in range(10)]
     close(gate)
     clock.advance(1)
     for ticket in early:
         ticket.answered()
-    assert len(under_way(gate)) == 1
+    assert len(in_flight(gate)) == 1
 
 
 # What it tells
 
 
 def test_unbroken_is_the_time_since_the_first_429(make, clock):
-    """It runs until an answer, not from 429 to 429 (R28)."""
+    """It runs until an answer, not from 429 to 429."""
     gate = make()
     close(gate, 3)
     pass_through(gate, clock).throttled(3)
@@ -433,7 +433,7 @@ def test_hint_is_over_with_its_time_or_an_answer(make, clock):
 
 
 def test_every_lengthening_is_told(make, clock):
-    """An event per 429 that closes the gate or keeps it closed longer; no echo (R70)."""
+    """An event per 429 that closes the gate or keeps it closed longer; no echo."""
     heard = []
     gate = make(listener=heard.append, client="fast", target="t")
     passes = [gate.admit() for _ in range(4)]
@@ -449,14 +449,14 @@ def test_every_lengthening_is_told(make, clock):
 
 
 def test_nameless_gate_tells_no_name(make):
-    """Its events say so (R70)."""
+    """Its events say so."""
     heard = []
     close(make(listener=heard.append), 5)
     assert heard == [Throttled(client="", target=None, at=100.0, seconds=5, hint=5)]
 
 
 def test_listener_may_use_the_gate(make):
-    """No lock is held while a listener runs (R12)."""
+    """No lock is held while a listener runs."""
     seen = []
 
     def listener(event):
@@ -483,7 +483,7 @@ def test_repr_says_how_it_stands(make, clock):
 
 
 def test_each_free_place_calls_the_longest_waiter(make, clock):
-    """While it reopens, waiters are called one per place, oldest first (R28)."""
+    """While it reopens, waiters are called one per place, oldest first."""
     gate = make()
     close(gate)
     ticket = pass_through(gate, clock)
@@ -495,11 +495,11 @@ def test_each_free_place_calls_the_longest_waiter(make, clock):
 
 
 def test_no_more_are_called_than_there_is_room_for(make, clock):
-    """Those who are under way keep their places (R28)."""
+    """Those who are under way keep their places."""
     gate = make()
     close(gate)
     pass_through(gate, clock).answered()
-    first, second = under_way(gate)
+    first, second = in_flight(gate)
     waiters = [gate.enlist() for _ in range(10)]
     first.answered()
     assert [waiter.done() for waiter in waiters] == [True] * 3 + [False] * 7
@@ -508,7 +508,7 @@ def test_no_more_are_called_than_there_is_room_for(make, clock):
 
 
 def test_next_429_calls_all(make, clock):
-    """Whoever waits must hear that the wait is longer: it may not fit any more (R28)."""
+    """Whoever waits must hear that the wait is longer: it may not fit any more."""
     gate = make()
     close(gate)
     ticket = pass_through(gate, clock)
@@ -519,7 +519,7 @@ def test_next_429_calls_all(make, clock):
 
 
 def test_called_waiter_that_leaves_passes_its_turn_on(make, clock):
-    """A cancelled caller takes nobody's chance away (R28)."""
+    """A cancelled caller takes nobody's chance away."""
     gate = make()
     close(gate)
     ticket = pass_through(gate, clock)
@@ -537,7 +537,7 @@ def test_nobody_waits_for_an_open_gate(make):
 
 
 def test_crowd_of_threads_never_exceeds_the_allowance(make, clock):
-    """Hundreds of threads at the reopening: one gets a pass (R28)."""
+    """Hundreds of threads at the reopening: one gets a pass."""
     gate = make()
     close(gate)
     clock.advance(1)
@@ -559,7 +559,7 @@ def test_crowd_of_threads_never_exceeds_the_allowance(make, clock):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_child_of_a_fork_goes_on(make, clock):
-    """Held locks, a pass and a waiter stay behind; the pause does not (R8)."""
+    """Held locks, a pass and a waiter stay behind; the pause does not."""
     heard = []
     gate = make(listener=heard.append)
     close(gate)
@@ -568,7 +568,7 @@ def test_child_of_a_fork_goes_on(make, clock):
     locked, may_go = threading.Event(), threading.Event()
 
     def hold():
-        with gate._lock, gate._signals._delivering:
+        with gate._lock, gate._notifier._delivering:
             locked.set()
             may_go.wait()
 
@@ -578,7 +578,7 @@ def test_child_of_a_fork_goes_on(make, clock):
     if child == 0:
         usable = False
         try:
-            waiting, first, second = gate._signals.waiting, gate.admit(), gate.admit()
+            waiting, first, second = gate._notifier.waiting, gate.admit(), gate.admit()
             first.answered()
             gate.admit().throttled(5)
             told = [event.seconds for event in heard]

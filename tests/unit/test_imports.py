@@ -38,23 +38,23 @@ def found():
 
 
 def test_importing_does_not_import_litellm(found):
-    """LiteLLM takes seconds and is imported with the first call (R33)."""
+    """LiteLLM takes seconds and is imported with the first call."""
     assert not found["litellm at import"]
 
 
 def test_building_a_client_does_not_import_litellm(found):
-    """A program may be set up, copied and saved without paying for LiteLLM (R33)."""
+    """A program may be set up, copied and saved without paying for LiteLLM."""
     assert not found["litellm once built"]
 
 
 def test_importing_brings_little_beyond_dspy(found):
-    """Two small packages; no HTTP client, no redis, no telemetry (R33, section 11)."""
+    """Two small packages; no HTTP client, no redis, no telemetry."""
     foreign = {name.partition(".")[0] for name in found["imported"]} - {"dspy_resilient"}
     assert foreign <= {"cachetools", "circuitbreaker", "orjson", *sys.stdlib_module_names}
 
 
 def test_importing_leaves_alone_what_only_some_need(found):
-    """Test doubles, the command line and shared stores load when they are asked for (R33)."""
+    """Test doubles, the command line and shared stores load when they are asked for."""
     parts = {name.split(".")[1] for name in found["imported"] if name.startswith("dspy_resilient.")}
     assert parts.isdisjoint({"testing", "cli", "shared"})
 
@@ -65,12 +65,12 @@ def test_neither_import_nor_construction_starts_a_thread(found):
 
 
 def test_no_handler_is_installed(found):
-    """Where the log goes is for the program to say (R70)."""
+    """Where the log goes is for the program to say."""
     assert found["handlers"] == 0
 
 
 def test_imports_point_one_way():
-    """The contracts of pyproject.toml hold: layers, and what the call page may know (R10)."""
+    """The contracts of pyproject.toml hold: layers, and what the call page may know."""
     pytest.importorskip("importlinter")
     code = (
         "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"

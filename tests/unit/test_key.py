@@ -35,7 +35,7 @@ def key(prompt="hi", messages=None, request=None, **changes):
 
 
 def test_a_key_is_a_sha256_in_hex():
-    """A key is 64 hex digits (R41)."""
+    """A key is 64 hex digits."""
     assert len(key()) == 64
     assert set(key()) <= HEX
 
@@ -57,7 +57,7 @@ def test_a_key_is_a_sha256_in_hex():
     ids=["prompt", "chat", "spelled out", "tenant"],
 )
 def test_keys_are_the_same_in_every_process(made, known):
-    """A key written down by another process is still the key (R41)."""
+    """A key written down by another process is still the key."""
     assert made == known
 
 
@@ -66,43 +66,43 @@ PLACES = ["entry", "model", "model_type", "endpoint", "tenant"]
 
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_asked_of_whom_for_whom_is_in_the_key(place):
-    """Two models, endpoints, tenants or call shapes never share an answer (R41)."""
+    """Two models, endpoints, tenants or call shapes never share an answer."""
     assert key(**{place: "another"}) != key()
 
 
 def test_neighbouring_parts_do_not_run_together():
-    """What ends one part cannot begin the next (R41)."""
+    """What ends one part cannot begin the next."""
     assert key(model="ab", model_type="c") != key(model="a", model_type="bc")
     assert key("x", endpoint="", tenant="y") != key("x", endpoint="y", tenant="")
 
 
 def test_order_of_settings_does_not_matter():
-    """A dict is what it holds (R41)."""
+    """A dict is what it holds."""
     assert key(a={"x": 1, "y": 2}, b=2) == key(b=2, a={"y": 2, "x": 1})
     assert key(a={"x": {1}, "y": 2}, b=2) == key(b=2, a={"y": 2, "x": {1}})
 
 
 def test_order_of_messages_and_tools_matters():
-    """A list is an order (R41)."""
+    """A list is an order."""
     assert key(tools=["a", "b"]) != key(tools=["b", "a"])
 
 
 @pytest.mark.parametrize("kind", ["plain", "spelled out"])
 def test_types_are_told_apart(kind):
-    """30, 30.0, "30" and True are four settings (R41)."""
+    """30, 30.0, "30" and True are four settings."""
     more = {} if kind == "plain" else {"stop": {"end"}}
     values = [30, 30.0, "30", True, 1, 1.0, "True", False, 0, "", [], {}, [30], {"30": 30}]
     assert len({key(x=value, **more) for value in values}) == len(values)
 
 
 def test_keys_of_another_type_stay_apart_from_text():
-    """A logit bias for token 1 is not one for the text "1" (R41)."""
+    """A logit bias for token 1 is not one for the text "1"."""
     biases = [{1: 5}, {"1": 5}, {1.0: 5}, {True: 5}, {None: 5}, {"null": 5}]
     assert len({key(logit_bias=bias) for bias in biases}) == len(biases)
 
 
 def test_unset_settings_count_as_absent():
-    """`lm.kwargs` holds temperature=None; that says nothing (R41)."""
+    """`lm.kwargs` holds temperature=None; that says nothing."""
     assert key(temperature=None, max_tokens=None, headers={}) == key()
 
 
@@ -113,7 +113,7 @@ def test_null_inside_a_setting_is_no_nan():
 
 
 def test_prompt_is_the_one_user_message_it_becomes():
-    """DSPy sends a prompt as a user message, so both spellings ask the same (R41)."""
+    """DSPy sends a prompt as a user message, so both spellings ask the same."""
     assert key("hi") == key(None, [{"role": "user", "content": "hi"}])
     assert key("hi") == key("hi", [])
     assert key("hi") != key("ho")
@@ -141,7 +141,7 @@ def test_prompt_is_the_one_user_message_it_becomes():
     ],
 )
 def test_what_does_not_change_the_answer_is_left_out(name):
-    """Cache flag, timeouts, metadata, retries and credentials are in no key (R41, R7)."""
+    """Cache flag, timeouts, metadata, retries and credentials are in no key."""
     assert key(**{name: "one"}) == key(**{name: "two"}) == key()
     assert key(**{name: threading.Lock()}) == key()
 
@@ -167,13 +167,13 @@ def test_what_does_not_change_the_answer_is_left_out(name):
     ],
 )
 def test_what_may_change_the_answer_stays_in(name):
-    """Every other setting counts, whether we know it or not (R41)."""
+    """Every other setting counts, whether we know it or not."""
     assert len({key(), key(**{name: 1}), key(**{name: 2})}) == 3
 
 
 @pytest.mark.parametrize("place", ["headers", "extra_headers", "extra_query"])
 def test_headers_count_but_for_the_secret_ones(place):
-    """A beta header changes the answer; a credential in a header must not enter (R41, R7)."""
+    """A beta header changes the answer; a credential in a header must not enter."""
     secret = {"Authorization": "Bearer a", "X-Api-Key": "b", "cookie": "c"}
     assert key(**{place: secret}) == key()
     assert key(**{place: {**secret, "beta": "1"}}) == key(**{place: {"beta": "1"}}) != key()
@@ -248,14 +248,14 @@ def adder(amount):
     ids=lambda values: str(values[0])[:30].split(" at ")[0],
 )
 def test_what_json_does_not_know_counts_by_its_content(values):
-    """Schemas, objects, enums, bytes, sets, dataclasses and functions are told by content (R41)."""
+    """Schemas, objects, enums, bytes, sets, dataclasses and functions are told by content."""
     keys = [key(x=value) for value in values]
     assert None not in keys
     assert len(set(keys)) == len(values)
 
 
 def test_equal_content_has_equal_keys():
-    """Content decides, not identity (R41)."""
+    """Content decides, not identity."""
     assert key(x=shape_with("sides")) == key(x=shape_with("sides"))
     assert key(x=Shape()) == key(x=Shape())
     assert key(x={"b", "a"}) == key(x={"a", "b"})
@@ -301,23 +301,23 @@ class Angry(dict):
     ids=["lock", "object", "class", "generator", "lambda", "method", "endless", "deep", "nested"],
 )
 def test_what_cannot_be_told_by_content_has_no_key(value):
-    """Not keyable means not cached, never an error (R41)."""
+    """Not keyable means not cached, never an error."""
     assert key(x=value) is None
 
 
 def test_messages_that_break_have_no_key():
-    """Nothing that a caller passes makes the key fail the call (R41)."""
+    """Nothing that a caller passes makes the key fail the call."""
     assert key(None, Angry()) is None
     assert key(prompt=object()) is None
 
 
 def test_text_that_no_provider_takes_is_keyable():
-    """A lone surrogate is not our business (R41)."""
+    """A lone surrogate is not our business."""
     assert key("\ud800") not in (None, key("?"))
 
 
 def test_huge_numbers_are_keyable():
-    """Whole numbers beyond 64 bits count exactly (R41)."""
+    """Whole numbers beyond 64 bits count exactly."""
     assert len({key(x=2**70), key(x=2**70 + 1), key(x=float(2**70))}) == 3
 
 
@@ -327,7 +327,7 @@ def request(*parts, **config):
 
 
 def test_typed_requests_are_told_by_content():
-    """A typed request counts as a whole: messages, tools and settings (R41)."""
+    """A typed request counts as a whole: messages, tools and settings."""
     tool = lm15.FunctionTool(name="look")
     requests = [
         request(),
@@ -345,7 +345,7 @@ def test_typed_requests_are_told_by_content():
 
 
 def test_local_media_count_by_their_content(tmp_path):
-    """A file that changes is another request; the same picture elsewhere is not (R41)."""
+    """A file that changes is another request; the same picture elsewhere is not."""
     picture, copy = tmp_path / "a.png", tmp_path / "b.png"
     picture.write_bytes(b"1")
     copy.write_bytes(b"1")
@@ -359,7 +359,7 @@ def test_local_media_count_by_their_content(tmp_path):
 
 
 def test_tenants_are_told_apart_without_their_keys():
-    """A tenant is an HMAC of the key; no key, and what is no key, is no tenant (R41, R7)."""
+    """A tenant is an HMAC of the key; no key, and what is no key, is no tenant."""
     assert len({tenant_of("sk-1"), tenant_of("sk-2"), tenant_of(None)}) == 3
     assert tenant_of(None) == tenant_of("") == tenant_of(one) == tenant_of([]) == ""
     assert "sk-1" not in tenant_of("sk-1")
@@ -385,7 +385,7 @@ def same(one, other):
 
 @given(JSON, JSON, st.sampled_from([{}, {"stop": {"x"}}]))
 def test_keys_are_equal_exactly_for_equal_values(one, other, more):
-    """No two JSON values share a key, on either path (R41)."""
+    """No two JSON values share a key, on either path."""
     made = key(x=[one], **more)
     assert made is not None
     assert (made == key(x=[other], **more)) == same(one, other)
@@ -399,6 +399,6 @@ def shuffled(value):
 
 @given(JSON)
 def test_no_order_of_any_dict_matters(value):
-    """However deep a dict is, its order says nothing (R41)."""
+    """However deep a dict is, its order says nothing."""
     assert key(x=[value]) == key(x=[shuffled(value)])
     assert key(x=[value], stop={"x"}) == key(x=[shuffled(value)], stop={"x"})

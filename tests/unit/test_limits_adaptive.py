@@ -18,21 +18,21 @@ def succeed(limiter, times):
 
 
 def test_without_limit_everybody_goes():
-    """No number means no limit on how many are under way (R53)."""
+    """No number means no limit on how many are under way."""
     limiter = Limiter(LimitPolicy())
     assert all(limiter.enter().granted for _ in range(1000))
     assert limiter.limit is None
 
 
 def test_adaptive_limit_starts_at_16():
-    """Without a number an adaptive limit starts at 16 (R53)."""
+    """Without a number an adaptive limit starts at 16."""
     limiter = adaptive()
     assert [limiter.enter().granted for _ in range(17)] == [True] * 16 + [False]
     assert limiter.limit == 16
 
 
 def test_adaptive_limit_starts_at_the_given_number():
-    """max_concurrent is where an adaptive limit starts, and its ceiling (R53)."""
+    """max_concurrent is where an adaptive limit starts, and its ceiling."""
     limiter = adaptive(max_concurrent=3)
     assert limiter.limit == 3
     succeed(limiter, 100)
@@ -40,14 +40,14 @@ def test_adaptive_limit_starts_at_the_given_number():
 
 
 def test_429_halves_the_limit():
-    """A throttled attempt halves the limit (R53)."""
+    """A throttled attempt halves the limit."""
     limiter = adaptive()
     limiter.enter().leave(throttled=True, ok=False)
     assert limiter.limit == 8
 
 
 def test_simultaneous_429s_halve_the_limit_once():
-    """Sixteen attempts refused together are one sign, not sixteen (R53)."""
+    """Sixteen attempts refused together are one sign, not sixteen."""
     limiter = adaptive()
     for slot in [limiter.enter() for _ in range(16)]:
         slot.leave(throttled=True, ok=False)
@@ -55,7 +55,7 @@ def test_simultaneous_429s_halve_the_limit_once():
 
 
 def test_429_of_the_next_round_halves_again():
-    """An attempt begun under the new limit speaks about the new limit (R53)."""
+    """An attempt begun under the new limit speaks about the new limit."""
     limiter = adaptive()
     for expected in (8, 4, 2, 1, 1):
         limiter.enter().leave(throttled=True, ok=False)
@@ -63,7 +63,7 @@ def test_429_of_the_next_round_halves_again():
 
 
 def test_slow_answers_lower_the_limit_by_a_fifth_once_a_round():
-    """A slow answer costs a fifth of the limit; those begun before the cut count no more (R53)."""
+    """A slow answer costs a fifth of the limit; those begun before the cut count no more."""
     limiter = adaptive(max_concurrent=10)
     for slot in [limiter.enter() for _ in range(10)]:
         slot.leave(slow=True)
@@ -74,7 +74,7 @@ def test_slow_answers_lower_the_limit_by_a_fifth_once_a_round():
 
 @pytest.mark.parametrize("signal", [{"slow": True}, {"throttled": True, "ok": False}])
 def test_limit_never_falls_below_one(signal):
-    """However bad it gets, one attempt at a time remains possible (R53)."""
+    """However bad it gets, one attempt at a time remains possible."""
     limiter = adaptive(max_concurrent=4)
     for _ in range(20):
         limiter.enter().leave(**signal)
@@ -83,7 +83,7 @@ def test_limit_never_falls_below_one(signal):
 
 
 def test_limit_full_of_successes_raises_the_limit_by_one():
-    """Each limit-full of clean successes adds one place (R53)."""
+    """Each limit-full of clean successes adds one place."""
     limiter = adaptive()
     succeed(limiter, 15)
     assert limiter.limit == 16
@@ -94,7 +94,7 @@ def test_limit_full_of_successes_raises_the_limit_by_one():
 
 
 def test_cut_starts_the_count_of_successes_again():
-    """After a cut it takes a whole limit-full of successes to gain a place (R53)."""
+    """After a cut it takes a whole limit-full of successes to gain a place."""
     limiter = adaptive()
     succeed(limiter, 15)
     limiter.enter().leave(throttled=True, ok=False)
@@ -105,14 +105,14 @@ def test_cut_starts_the_count_of_successes_again():
 
 
 def test_limit_never_exceeds_256():
-    """Without a number the ceiling is 256 (R53)."""
+    """Without a number the ceiling is 256."""
     limiter = adaptive()
     succeed(limiter, 40_000)
     assert limiter.limit == 256
 
 
 def test_success_begun_before_the_cut_does_not_raise_the_limit():
-    """What began under the old limit says nothing about the new one (R53)."""
+    """What began under the old limit says nothing about the new one."""
     limiter = adaptive(max_concurrent=8)
     old = [limiter.enter() for _ in range(8)]
     old[0].leave(throttled=True, ok=False)
@@ -125,7 +125,7 @@ def test_success_begun_before_the_cut_does_not_raise_the_limit():
 
 @pytest.mark.parametrize("ending", [{"ok": False}, {"sent": False}, {"sent": False, "ok": False}])
 def test_failures_and_unsent_attempts_teach_nothing(ending):
-    """Failures belong to the circuit, and what was not sent shows nothing (R53)."""
+    """Failures belong to the circuit, and what was not sent shows nothing."""
     limiter = adaptive()
     for _ in range(100):
         limiter.enter().leave(**ending)
@@ -133,7 +133,7 @@ def test_failures_and_unsent_attempts_teach_nothing(ending):
 
 
 def test_block_that_raises_teaches_nothing():
-    """Only a block that ends well counts as a clean success (R53)."""
+    """Only a block that ends well counts as a clean success."""
     limiter = adaptive(max_concurrent=2)
     limiter.enter().leave(throttled=True, ok=False)
     for _ in range(10):
@@ -146,7 +146,7 @@ def test_block_that_raises_teaches_nothing():
 
 
 def test_fixed_limit_does_not_learn():
-    """Without adaptive=True the limit is what was written (R53)."""
+    """Without adaptive=True the limit is what was written."""
     limiter = Limiter(LimitPolicy(max_concurrent=4))
     limiter.enter().leave(throttled=True, ok=False)
     limiter.enter().leave(slow=True)
@@ -155,7 +155,7 @@ def test_fixed_limit_does_not_learn():
 
 
 def test_cut_limit_holds_the_queue_until_enough_have_left():
-    """After a cut nobody is let in until fewer than the new limit are under way (R53)."""
+    """After a cut nobody is let in until fewer than the new limit are under way."""
     limiter = adaptive(max_concurrent=4)
     busy = [limiter.enter() for _ in range(4)]
     waiter = limiter.enter()
@@ -167,7 +167,7 @@ def test_cut_limit_holds_the_queue_until_enough_have_left():
 
 
 def test_raised_limit_lets_waiters_in():
-    """A place gained by success goes to the head of the queue at once (R53)."""
+    """A place gained by success goes to the head of the queue at once."""
     limiter = adaptive(max_concurrent=4)
     limiter.enter().leave(throttled=True, ok=False)
     first, second = limiter.enter(), limiter.enter()

@@ -20,7 +20,7 @@ def limiter_for(clock=None, **policy):
 
 
 def test_places_are_granted_up_to_the_limit():
-    """As many as allowed go at once; the next one waits (R53)."""
+    """As many as allowed go at once; the next one waits."""
     limiter = limiter_for(max_concurrent=2)
     slots = [limiter.enter() for _ in range(3)]
     assert [slot.granted for slot in slots] == [True, True, False]
@@ -28,7 +28,7 @@ def test_places_are_granted_up_to_the_limit():
 
 
 def test_free_place_goes_to_the_longest_waiting():
-    """First in, first out (R53)."""
+    """First in, first out."""
     limiter = limiter_for(max_concurrent=1)
     busy, *waiters = [limiter.enter() for _ in range(4)]
     order = []
@@ -41,7 +41,7 @@ def test_free_place_goes_to_the_longest_waiting():
 
 
 def test_newcomer_does_not_overtake_a_waiter_who_has_not_woken_yet():
-    """A freed place already belongs to the head of the queue, awake or not (R53)."""
+    """A freed place already belongs to the head of the queue, awake or not."""
     limiter = limiter_for(max_concurrent=1)
     busy, waiter = limiter.enter(), limiter.enter()
     busy.leave()
@@ -50,7 +50,7 @@ def test_newcomer_does_not_overtake_a_waiter_who_has_not_woken_yet():
 
 
 def test_one_place_means_strictly_one_at_a_time():
-    """max_concurrent=1 turns the client into a serial one (R53)."""
+    """max_concurrent=1 turns the client into a serial one."""
     limiter = limiter_for(max_concurrent=1)
     slots = [limiter.enter() for _ in range(5)]
     for slot in slots:
@@ -61,7 +61,7 @@ def test_one_place_means_strictly_one_at_a_time():
 
 
 def test_cancelled_waiter_leaves_no_trace():
-    """Who gives up waiting is gone from the queue, and the others keep their order (R53)."""
+    """Who gives up waiting is gone from the queue, and the others keep their order."""
     limiter = limiter_for(max_concurrent=1)
     busy, first, second = (limiter.enter() for _ in range(3))
     first.leave()
@@ -73,7 +73,7 @@ def test_cancelled_waiter_leaves_no_trace():
 
 
 def test_many_cancelled_waiters_are_forgotten():
-    """Waiters that come and give up while nothing moves are not remembered (R53)."""
+    """Waiters that come and give up while nothing moves are not remembered."""
     limiter = limiter_for(max_concurrent=1)
     limiter.enter()
     gone = []
@@ -87,7 +87,7 @@ def test_many_cancelled_waiters_are_forgotten():
 
 
 def test_place_offered_to_a_cancelled_waiter_goes_to_the_next():
-    """A waiter cancelled just as its place came free passes the place on (R53)."""
+    """A waiter cancelled just as its place came free passes the place on."""
     limiter = limiter_for(max_concurrent=1)
     busy, cancelled, next_one = (limiter.enter() for _ in range(3))
     busy.leave()
@@ -98,7 +98,7 @@ def test_place_offered_to_a_cancelled_waiter_goes_to_the_next():
 
 
 def test_leaving_counts_once():
-    """However often a slot is left, one place comes free (R53)."""
+    """However often a slot is left, one place comes free."""
     limiter = limiter_for(max_concurrent=2)
     slot, other = limiter.enter(), limiter.enter()
     for _ in range(3):
@@ -109,7 +109,7 @@ def test_leaving_counts_once():
 
 
 def test_leaving_from_many_threads_counts_once():
-    """Racing threads that leave one slot free one place (R53)."""
+    """Racing threads that leave one slot free one place."""
     limiter = limiter_for(max_concurrent=5)
     slots = [limiter.enter() for _ in range(2)]
     start = threading.Barrier(8)
@@ -127,7 +127,7 @@ def test_leaving_from_many_threads_counts_once():
 
 
 def test_block_leaves_its_place_whatever_happens():
-    """Return, error, and cancellation all free the place (R53)."""
+    """Return, error, and cancellation all free the place."""
     limiter = limiter_for(max_concurrent=1)
     for failure in (ValueError, KeyboardInterrupt, GeneratorExit):
         with pytest.raises(failure), limiter.enter():
@@ -140,7 +140,7 @@ def test_block_leaves_its_place_whatever_happens():
 
 
 def test_waiting_for_a_place_has_no_time():
-    """Only a leaver can help: there is nothing to time (R53)."""
+    """Only a leaver can help: there is nothing to time."""
     limiter = limiter_for(max_concurrent=1)
     busy, first, second = (limiter.enter() for _ in range(3))
     assert (busy.wait_time(), first.wait_time(), second.wait_time()) == (0.0, math.inf, math.inf)
@@ -149,7 +149,7 @@ def test_waiting_for_a_place_has_no_time():
 
 
 def test_full_queue_refuses_at_once():
-    """Past max_queue a call is refused, not queued, and takes nothing (R53)."""
+    """Past max_queue a call is refused, not queued, and takes nothing."""
     limiter = limiter_for(max_concurrent=1, max_queue=1)
     busy, waiter = limiter.enter(), limiter.enter()
     with pytest.raises(LimitExceededError) as caught:
@@ -163,7 +163,7 @@ def test_full_queue_refuses_at_once():
 
 
 def test_refusal_says_who_refused_and_why():
-    """The message names client, target and the option that would help (R53)."""
+    """The message names client, target and the option that would help."""
     limiter = limiter_for(max_concurrent=1, max_queue=0)
     limiter.enter()
     with pytest.raises(LimitExceededError, match=r"'fast': openai/x .* 1 .* 0 .*max_queue=0") as e:
@@ -172,7 +172,7 @@ def test_refusal_says_who_refused_and_why():
 
 
 def test_refusal_by_rate_tells_when_there_is_room():
-    """Where the rate alone decides, retry_after is exact (R53)."""
+    """Where the rate alone decides, retry_after is exact."""
     clock = Clock()
     limiter = limiter_for(clock, rpm=60, max_queue=0)
     for _ in range(5):
@@ -185,7 +185,7 @@ def test_refusal_by_rate_tells_when_there_is_room():
 
 
 def test_refusal_behind_a_rate_bound_queue_tells_when_it_moves():
-    """With a queue, there is room as soon as its head may go (R53)."""
+    """With a queue, there is room as soon as its head may go."""
     clock = Clock()
     limiter = limiter_for(clock, tpm=600, max_queue=1)  # 10 a second, 50 at once
     for tokens in (50, 10):
@@ -199,7 +199,7 @@ def test_refusal_behind_a_rate_bound_queue_tells_when_it_moves():
 
 
 def test_cancelling_the_future_changes_nothing():
-    """A task that was waiting may be cancelled without harm to the queue (R53)."""
+    """A task that was waiting may be cancelled without harm to the queue."""
     limiter = limiter_for(max_concurrent=1)
     busy, waiter = limiter.enter(), limiter.enter()
     assert not waiter.future.cancel()
@@ -209,7 +209,7 @@ def test_cancelling_the_future_changes_nothing():
 
 
 def test_futures_are_resolved_with_no_lock_held():
-    """A callback of a waiter may use the limiter from another thread and from its own (R12)."""
+    """A callback of a waiter may use the limiter from another thread and from its own."""
     limiter = limiter_for(max_concurrent=1)
     busy, waiter = limiter.enter(), limiter.enter()
     seen = []
@@ -229,7 +229,7 @@ def test_futures_are_resolved_with_no_lock_held():
 
 @pytest.mark.parametrize("act", ["enter", "poll", "wait_time", "leave"])
 def test_finalizer_inside_the_limiter_can_leave(act):
-    """An abandoned call collected while its thread is inside the limiter blocks nothing (R12)."""
+    """An abandoned call collected while its thread is inside the limiter blocks nothing."""
     doomed = []
 
     def clock():  # is read where the garbage collector may strike: inside, with the lock held
@@ -248,7 +248,7 @@ def test_finalizer_inside_the_limiter_can_leave(act):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_child_starts_empty_and_unlocked():
-    """A child is not stopped by locks and places that only its parent's threads had (R8)."""
+    """A child is not stopped by locks and places that only its parent's threads had."""
     inside, finish = threading.Event(), threading.Event()
 
     def clock():
@@ -278,7 +278,7 @@ def test_forked_child_starts_empty_and_unlocked():
 
 
 def test_fork_handling_keeps_nobody_alive():
-    """A limiter that nobody uses any more is freed (R8)."""
+    """A limiter that nobody uses any more is freed."""
     limiter, budget = limiter_for(max_concurrent=1), RetryBudget()
     gone = weakref.ref(limiter), weakref.ref(budget)
     del limiter, budget

@@ -30,12 +30,12 @@ def granted_now(limiter, tokens=0):
 
 
 def test_burst_is_five_seconds_of_the_rate(clock):
-    """A rested limiter lets five seconds' worth through at once (R53)."""
+    """A rested limiter lets five seconds' worth through at once."""
     assert granted_now(limiter_for(clock, rpm=600)) == 50
 
 
 def test_slow_rate_still_lets_one_through(clock):
-    """At three a minute the first call does not wait, the second waits 20 s (R53)."""
+    """At three a minute the first call does not wait, the second waits 20 s."""
     limiter = limiter_for(clock, rpm=3)
     assert limiter.enter().granted
     waiter = limiter.enter()
@@ -43,7 +43,7 @@ def test_slow_rate_still_lets_one_through(clock):
 
 
 def test_burst_is_saved_only_once(clock):
-    """A long rest saves no more than one burst (R53)."""
+    """A long rest saves no more than one burst."""
     limiter = limiter_for(clock, rpm=600)
     granted_now(limiter)
     clock.advance(3600)
@@ -51,7 +51,7 @@ def test_burst_is_saved_only_once(clock):
 
 
 def test_after_the_burst_calls_go_evenly(clock):
-    """Past the burst one call goes each 60/rpm seconds (R53)."""
+    """Past the burst one call goes each 60/rpm seconds."""
     limiter = limiter_for(clock, rpm=120)
     granted_now(limiter)
     times = []
@@ -64,7 +64,7 @@ def test_after_the_burst_calls_go_evenly(clock):
 
 
 def test_wait_time_is_exact(clock):
-    """A poll before the time fails, at the time succeeds (R53)."""
+    """A poll before the time fails, at the time succeeds."""
     limiter = limiter_for(clock, rpm=7)
     limiter.enter()
     waiter = limiter.enter()
@@ -76,7 +76,7 @@ def test_wait_time_is_exact(clock):
 
 
 def test_only_the_head_has_a_time_to_wait(clock):
-    """Those behind the head are woken when they are first (R53)."""
+    """Those behind the head are woken when they are first."""
     limiter = limiter_for(clock, rpm=12)
     limiter.enter()
     head, behind = limiter.enter(), limiter.enter()
@@ -89,7 +89,7 @@ def test_only_the_head_has_a_time_to_wait(clock):
 
 
 def test_head_that_gives_up_wakes_the_next(clock):
-    """When the head is cancelled, the next one learns its time (R53)."""
+    """When the head is cancelled, the next one learns its time."""
     limiter = limiter_for(clock, rpm=12)
     limiter.enter()
     head, behind = limiter.enter(), limiter.enter()
@@ -101,7 +101,7 @@ def test_head_that_gives_up_wakes_the_next(clock):
 
 
 def test_rate_grants_without_the_heads_help(clock):
-    """Whoever comes by offers the head its turn, and does not take it (R53)."""
+    """Whoever comes by offers the head its turn, and does not take it."""
     limiter = limiter_for(clock, rpm=12)
     limiter.enter()
     head = limiter.enter()
@@ -112,7 +112,7 @@ def test_rate_grants_without_the_heads_help(clock):
 
 
 def test_place_freed_for_a_rate_bound_head_starts_its_time(clock):
-    """A head that waited for a place, and now only for the rate, is told so (R53)."""
+    """A head that waited for a place, and now only for the rate, is told so."""
     limiter = limiter_for(clock, max_concurrent=1, rpm=12)
     busy, head = limiter.enter(), limiter.enter()
     assert head.wait_time() == math.inf
@@ -123,7 +123,7 @@ def test_place_freed_for_a_rate_bound_head_starts_its_time(clock):
 
 
 def test_tokens_are_reserved_by_estimate(clock):
-    """Estimates are charged before anything is known (R53)."""
+    """Estimates are charged before anything is known."""
     limiter = limiter_for(clock, tpm=12_000)  # 200 a second, 1000 at once
     assert limiter.enter(600).granted
     waiter = limiter.enter(600)
@@ -131,7 +131,7 @@ def test_tokens_are_reserved_by_estimate(clock):
 
 
 def test_unused_tokens_are_given_back(clock):
-    """A short answer frees what was reserved for a long one, and the head hears of it (R53)."""
+    """A short answer frees what was reserved for a long one, and the head hears of it."""
     limiter = limiter_for(clock, tpm=12_000)
     slot, waiter = limiter.enter(1000), limiter.enter(1000)
     assert waiter.wait_time() == pytest.approx(5.0)
@@ -142,7 +142,7 @@ def test_unused_tokens_are_given_back(clock):
 
 
 def test_tokens_used_beyond_the_estimate_are_debt(clock):
-    """A longer answer than reserved is paid off before the next call goes (R53)."""
+    """A longer answer than reserved is paid off before the next call goes."""
     limiter = limiter_for(clock, tpm=12_000)
     slot = limiter.enter(1000)
     slot.leave(tokens=2000)
@@ -151,7 +151,7 @@ def test_tokens_used_beyond_the_estimate_are_debt(clock):
 
 
 def test_debt_found_during_a_wait_lengthens_it(clock):
-    """A head that wakes at its old time is told the new one (R53)."""
+    """A head that wakes at its old time is told the new one."""
     limiter = limiter_for(clock, tpm=12_000)
     slot, waiter = limiter.enter(1000), limiter.enter(200)
     wait = waiter.wait_time()
@@ -163,7 +163,7 @@ def test_debt_found_during_a_wait_lengthens_it(clock):
 
 @pytest.mark.parametrize("usage", [None, -5, math.nan, math.inf, -math.inf])
 def test_unknown_or_impossible_usage_leaves_the_estimate(clock, usage):
-    """Rubbish from a provider neither frees tokens nor stops the client (R53)."""
+    """Rubbish from a provider neither frees tokens nor stops the client."""
     limiter = limiter_for(clock, tpm=12_000)
     limiter.enter(1000).leave(tokens=usage)
     waiter = limiter.enter(1000)
@@ -173,14 +173,14 @@ def test_unknown_or_impossible_usage_leaves_the_estimate(clock, usage):
 
 
 def test_attempt_that_was_not_sent_costs_nothing(clock):
-    """What was never sent gives request and tokens back, whatever is said of them (R53)."""
+    """What was never sent gives request and tokens back, whatever is said of them."""
     limiter = limiter_for(clock, rpm=12, tpm=12_000)
     limiter.enter(1000).leave(sent=False, tokens=500)
     assert limiter.enter(1000).granted
 
 
 def test_cancelled_waiter_costs_nothing(clock):
-    """Neither one in the queue nor one just offered its turn spends any of the rate (R53)."""
+    """Neither one in the queue nor one just offered its turn spends any of the rate."""
     limiter = limiter_for(clock, max_concurrent=1, rpm=24, tpm=12_000)
     busy, offered, queued = limiter.enter(100), limiter.enter(900), limiter.enter(900)
     queued.leave()
@@ -191,7 +191,7 @@ def test_cancelled_waiter_costs_nothing(clock):
 
 
 def test_sent_attempts_keep_their_request_when_they_fail(clock):
-    """A failed request was a request all the same (R53)."""
+    """A failed request was a request all the same."""
     limiter = limiter_for(clock, rpm=12, tpm=12_000)
     limiter.enter(1000).leave(tokens=0, ok=False)
     waiter = limiter.enter(1000)
@@ -199,7 +199,7 @@ def test_sent_attempts_keep_their_request_when_they_fail(clock):
 
 
 def test_request_larger_than_the_burst_goes_when_the_rate_is_full(clock):
-    """What can never fit goes alone, and is paid off afterwards (R53)."""
+    """What can never fit goes alone, and is paid off afterwards."""
     limiter = limiter_for(clock, tpm=12_000)
     assert limiter.enter(200).granted
     large = limiter.enter(5000)
@@ -211,7 +211,7 @@ def test_request_larger_than_the_burst_goes_when_the_rate_is_full(clock):
 
 
 def test_small_request_does_not_overtake_a_large_one(clock):
-    """A large request at the head is not starved by small ones behind it (R53)."""
+    """A large request at the head is not starved by small ones behind it."""
     limiter = limiter_for(clock, tpm=12_000)
     limiter.enter(800)
     large, small = limiter.enter(1000), limiter.enter(1)
@@ -222,7 +222,7 @@ def test_small_request_does_not_overtake_a_large_one(clock):
 
 
 def test_negative_estimate_reserves_nothing(clock):
-    """A nonsensical estimate frees no tokens (R53)."""
+    """A nonsensical estimate frees no tokens."""
     limiter = limiter_for(clock, tpm=12_000)
     assert limiter.enter(1000).granted
     assert limiter.enter(-500).granted
@@ -230,7 +230,7 @@ def test_negative_estimate_reserves_nothing(clock):
 
 
 def test_both_rates_hold(clock):
-    """Requests and tokens are limited together; the scarcer one decides (R53)."""
+    """Requests and tokens are limited together; the scarcer one decides."""
     limiter = limiter_for(clock, rpm=60, tpm=12_000)
     assert granted_now(limiter, tokens=500) == 2
     clock.advance(5)
@@ -241,7 +241,7 @@ def test_both_rates_hold(clock):
     ("policy", "tokens"), [({"rpm": 60}, 0), ({"tpm": 600}, 10), ({"rpm": 3}, 0), ({"tpm": 60}, 40)]
 )
 def test_who_cannot_wait_so_long_is_refused_at_once_and_told_how_long(clock, policy, tokens):
-    """The wait behind the whole queue, to the second; nothing is taken (R50, R53)."""
+    """The wait behind the whole queue, to the second; nothing is taken."""
     limiter = limiter_for(clock, **policy)
     slots = [limiter.enter(tokens) for _ in range(12)]
     with pytest.raises(LimitExceededError) as caught:
@@ -258,7 +258,7 @@ def test_who_cannot_wait_so_long_is_refused_at_once_and_told_how_long(clock, pol
 
 
 def test_patience_covers_a_queue_of_unequal_requests(clock):
-    """What those ahead have asked for counts, and what they give back (R53)."""
+    """What those ahead have asked for counts, and what they give back."""
     limiter = limiter_for(clock, tpm=600)  # 10 a second, 50 at once
     limiter.enter(50)
     waiters = [limiter.enter(tokens) for tokens in (10, 30, 20)]
@@ -273,7 +273,7 @@ def test_patience_covers_a_queue_of_unequal_requests(clock):
 
 
 def test_a_place_is_waited_for_as_nobody_knows_how_long(clock):
-    """How long those under way will take is not held against anybody (R53)."""
+    """How long those under way will take is not held against anybody."""
     limiter = limiter_for(clock, max_concurrent=1, rpm=600)
     limiter.enter()
     assert not limiter.enter(patience=0.0).granted

@@ -52,7 +52,7 @@ def run_all(bodies):
 
 
 def test_thread_hands_its_place_to_a_task():
-    """A place left on a thread wakes a task waiting on a loop (R53)."""
+    """A place left on a thread wakes a task waiting on a loop."""
     limiter = Limiter(LimitPolicy(max_concurrent=1))
     busy = limiter.enter()
 
@@ -68,7 +68,7 @@ def test_thread_hands_its_place_to_a_task():
 
 
 def test_task_hands_its_place_to_a_thread():
-    """A place left on a loop wakes a thread that waits (R53)."""
+    """A place left on a loop wakes a thread that waits."""
     limiter = Limiter(LimitPolicy(max_concurrent=1))
     busy = limiter.enter()
     slot = limiter.enter()
@@ -84,7 +84,7 @@ def test_task_hands_its_place_to_a_thread():
 
 
 def test_cancelled_task_leaves_no_trace():
-    """Cancelling a waiting task frees its turn, wherever it was in the queue (R53)."""
+    """Cancelling a waiting task frees its turn, wherever it was in the queue."""
     limiter = Limiter(LimitPolicy(max_concurrent=1))
     busy = limiter.enter()
 
@@ -108,7 +108,7 @@ def test_cancelled_task_leaves_no_trace():
 
 
 def test_loop_closed_under_its_waiters_holds_nobody_up():
-    """Waiters of a loop that ended are gone; those of other loops and threads go on (R53)."""
+    """Waiters of a loop that ended are gone; those of other loops and threads go on."""
     limiter = Limiter(LimitPolicy(max_concurrent=1))
     busy = limiter.enter()
 
@@ -212,7 +212,7 @@ def _eager_switching():
 )
 @pytest.mark.usefixtures("_eager_switching")
 def test_nothing_leaks_from_threads_and_loops(policy):
-    """After any storm of calls and cancellations nothing is in use and nobody queued (R53).
+    """After any storm of calls and cancellations nothing is in use and nobody queued.
 
     Meanwhile the limit is never exceeded, and under max_concurrent=1 all who are served are
     served in the order of arrival.
@@ -229,7 +229,7 @@ def test_nothing_leaks_from_threads_and_loops(policy):
 
 
 def test_budget_is_exact_under_threads():
-    """Concurrent takes and refunds lose no token (R50)."""
+    """Concurrent takes and refunds lose no token."""
     budget = RetryBudget(tokens=100_000, retry_cost=3, refund=3)
     assert budget.take()
 

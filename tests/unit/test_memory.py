@@ -31,7 +31,7 @@ def texts(cache, numbers):
 
 
 def test_answer_comes_back():
-    """What was stored is found, marked with its key and its time (R40)."""
+    """What was stored is found, marked with its key and its time."""
     clock = Clock(100.0)
     cache = cache_for(clock)
     assert cache.get(key(1)) is None
@@ -41,7 +41,7 @@ def test_answer_comes_back():
 
 
 def test_later_answer_replaces_the_earlier():
-    """One key, one answer (R40)."""
+    """One key, one answer."""
     cache = cache_for()
     cache.put(key(1), answer("Paris"))
     cache.put(key(1), answer("Rome"))
@@ -50,7 +50,7 @@ def test_later_answer_replaces_the_earlier():
 
 
 def test_least_recently_used_makes_room():
-    """No more than `max_entries` are kept; whoever was asked for last stays (R40)."""
+    """No more than `max_entries` are kept; whoever was asked for last stays."""
     cache = cache_for(max_entries=2)
     cache.put(key(1), answer("one"))
     cache.put(key(2), answer("two"))
@@ -61,7 +61,7 @@ def test_least_recently_used_makes_room():
 
 
 def test_bytes_are_bounded_as_well():
-    """`max_bytes` bounds what the answers take up, beside `max_entries` (R40)."""
+    """`max_bytes` bounds what the answers take up, beside `max_entries`."""
     cache = cache_for(max_entries=3, max_bytes=100_000)
     for number in range(3):
         cache.put(key(number), answer(str(number) * 30_000))
@@ -72,7 +72,7 @@ def test_bytes_are_bounded_as_well():
 
 
 def test_answer_larger_than_the_cache_is_left_out():
-    """It would only drive out all others; an older one under its key must not survive it (R40)."""
+    """It would only drive out all others; an older one under its key must not survive it."""
     cache = cache_for(max_bytes=10_000)
     cache.put(key(1), answer("small"))
     cache.put(key(2), answer("small"))
@@ -82,14 +82,14 @@ def test_answer_larger_than_the_cache_is_left_out():
 
 
 def test_weighing_ends():
-    """An answer that leads to a large part of the program is weighed in part only (R40)."""
+    """An answer that leads to a large part of the program is weighed in part only."""
     cache = cache_for(max_bytes=10**9)
     cache.put(key(1), Answer.of(["x"], {"response": [[number] for number in range(50_000)]}))
     assert len(cache) == 1
 
 
 def test_answer_expires():
-    """After `ttl` seconds an answer is gone (R45)."""
+    """After `ttl` seconds an answer is gone."""
     clock = Clock()
     cache = cache_for(clock, ttl=10)
     cache.put(key(1), answer())
@@ -101,7 +101,7 @@ def test_answer_expires():
 
 
 def test_without_ttl_nothing_expires():
-    """Answers of a model do not age unless the user says so (R45)."""
+    """Answers of a model do not age unless the user says so."""
     clock = Clock()
     cache = cache_for(clock)
     cache.put(key(1), answer())
@@ -110,7 +110,7 @@ def test_without_ttl_nothing_expires():
 
 
 def test_expired_answer_is_there_for_a_failed_call_only():
-    """Within `stale_if_error` an expired answer is a miss, but better than an error (R45)."""
+    """Within `stale_if_error` an expired answer is a miss, but better than an error."""
     clock = Clock()
     cache = cache_for(clock, ttl=10, stale_if_error=5)
     cache.put(key(1), answer())
@@ -122,7 +122,7 @@ def test_expired_answer_is_there_for_a_failed_call_only():
 
 
 def test_stale_answers_are_only_kept_if_asked_for():
-    """Without `stale_if_error` an expired answer is gone (R45)."""
+    """Without `stale_if_error` an expired answer is gone."""
     clock = Clock()
     cache = cache_for(clock, ttl=10)
     cache.put(key(1), answer())
@@ -132,7 +132,7 @@ def test_stale_answers_are_only_kept_if_asked_for():
 
 
 def test_evicted_answer_is_gone():
-    """An answer that nobody could parse is forgotten, by the key it carries (R42)."""
+    """An answer that nobody could parse is forgotten, by the key it carries."""
     cache = cache_for()
     cache.put(key(1), answer())
     cache.evict(cache.get(key(1)).key)
@@ -141,7 +141,7 @@ def test_evicted_answer_is_gone():
 
 
 def test_cleared_cache_is_empty_and_goes_on():
-    """Clearing forgets everything; the cache can be used again (R40)."""
+    """Clearing forgets everything; the cache can be used again."""
     cache = cache_for()
     cache.put(key(1), answer())
     cache.clear()
@@ -151,7 +151,7 @@ def test_cleared_cache_is_empty_and_goes_on():
 
 
 def test_numbers_tell_what_happened():
-    """Hits, misses, stale, stored and evicted are counted (R71)."""
+    """Hits, misses, stale, stored and evicted are counted."""
     clock = Clock()
     cache = cache_for(clock, ttl=10, stale_if_error=10, max_entries=1)
     cache.get(key(1))
@@ -167,7 +167,7 @@ def test_numbers_tell_what_happened():
 
 
 def test_second_look_turns_its_miss_into_a_hit():
-    """A leader that finds the answer after all was served by the cache, once (R44)."""
+    """A leader that finds the answer after all was served by the cache, once."""
     cache = cache_for()
     assert cache.get(key(1)) is None
     assert cache.peek(key(1)) is None
@@ -177,7 +177,7 @@ def test_second_look_turns_its_miss_into_a_hit():
 
 
 def test_many_threads_share_one_cache():
-    """Whatever they do at the same time, the bound holds and nothing is lost (R40)."""
+    """Whatever they do at the same time, the bound holds and nothing is lost."""
     cache = cache_for(max_entries=50)
     start = threading.Barrier(8)
 
@@ -200,7 +200,7 @@ def test_many_threads_share_one_cache():
 
 
 def test_nothing_of_others_runs_under_the_lock(tmp_path):
-    """The disk and the question where it is may take their time; others go on meanwhile (R40)."""
+    """The disk and the question where it is may take their time; others go on meanwhile."""
     asked, go_on = threading.Event(), threading.Event()
 
     def folder():
@@ -220,7 +220,7 @@ def test_nothing_of_others_runs_under_the_lock(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_keeps_the_answers_and_a_working_lock():
-    """A child starts with its parent's answers; a lock held at the fork does not stay held (R8)."""
+    """A child starts with its parent's answers; a lock held at the fork does not stay held."""
     cache = cache_for()
     cache.put(key(1), answer())
 
@@ -253,7 +253,7 @@ def test_forked_child_keeps_the_answers_and_a_working_lock():
 
 
 def test_renewed_cache_drops_only_what_may_be_broken():
-    """Entries that somebody was changing at the fork are dropped, others are kept (R8)."""
+    """Entries that somebody was changing at the fork are dropped, others are kept."""
     cache = cache_for()
     cache.put(key(1), answer())
     cache.renew()
@@ -264,7 +264,7 @@ def test_renewed_cache_drops_only_what_may_be_broken():
 
 
 def test_forgotten_cache_is_freed():
-    """Nothing global holds a cache (R62)."""
+    """Nothing global holds a cache."""
     cache = cache_for()
     cache.put(key(1), answer())
     gone = weakref.ref(cache._entries)
@@ -274,7 +274,7 @@ def test_forgotten_cache_is_freed():
 
 
 def test_disk_answers_after_a_restart(tmp_path):
-    """The next process finds what this one stored, once, and then has it in memory (R46)."""
+    """The next process finds what this one stored, once, and then has it in memory."""
     cache_for(folder=str(tmp_path)).put(key(1), answer())
     later = cache_for(folder=str(tmp_path))
     assert later.get(key(1)).outputs == ["Paris"]
@@ -283,7 +283,7 @@ def test_disk_answers_after_a_restart(tmp_path):
 
 
 def test_bound_on_bytes_holds_for_answers_from_disk(tmp_path):
-    """What comes back from disk is weighed as well (R40, R46)."""
+    """What comes back from disk is weighed as well."""
     first = cache_for(folder=str(tmp_path))
     for number in range(3):
         first.put(key(number), answer(str(number) * 30_000))
@@ -293,7 +293,7 @@ def test_bound_on_bytes_holds_for_answers_from_disk(tmp_path):
 
 
 def test_disk_is_opened_at_the_first_use(tmp_path):
-    """A client that is never asked touches no disk, and asks nobody where it is (R46)."""
+    """A client that is never asked touches no disk, and asks nobody where it is."""
     asked = []
 
     def folder():
@@ -312,7 +312,7 @@ def test_disk_is_opened_at_the_first_use(tmp_path):
 
 
 def test_no_folder_means_memory_only():
-    """None from the function that knows the folder switches the disk off (R46)."""
+    """None from the function that knows the folder switches the disk off."""
     cache = cache_for(folder=lambda: None)
     cache.put(key(1), answer())
     cache.evict(key(1))
@@ -321,7 +321,7 @@ def test_no_folder_means_memory_only():
 
 
 def test_age_counts_across_a_restart(tmp_path):
-    """An answer expires by the time it was first stored, whichever process asks (R45, R46)."""
+    """An answer expires by the time it was first stored, whichever process asks."""
     wall = Clock(1e9)
     first = cache_for(Clock(5.0), folder=str(tmp_path), wall=wall, ttl=10, stale_if_error=10)
     first.put(key(1), answer())
@@ -340,7 +340,7 @@ def test_age_counts_across_a_restart(tmp_path):
 
 
 def test_stale_answer_of_an_earlier_process_helps_too(tmp_path):
-    """A restart during an outage does not lose the stale answers (R45, R46)."""
+    """A restart during an outage does not lose the stale answers."""
     wall = Clock(1e9)
     cache_for(folder=str(tmp_path), wall=wall, ttl=10, stale_if_error=10).put(key(1), answer())
     wall.advance(15)
@@ -350,7 +350,7 @@ def test_stale_answer_of_an_earlier_process_helps_too(tmp_path):
 
 
 def test_eviction_and_clearing_reach_the_disk(tmp_path):
-    """What is forgotten does not come back from disk (R42, R46)."""
+    """What is forgotten does not come back from disk."""
     cache = cache_for(folder=str(tmp_path))
     for number in range(3):
         cache.put(key(number), answer())
@@ -363,7 +363,7 @@ def test_eviction_and_clearing_reach_the_disk(tmp_path):
 
 
 def test_answer_evicted_while_it_is_read_does_not_return(tmp_path):
-    """An eviction wins over a look-up or a store that is under way (R42)."""
+    """An eviction wins over a look-up or a store that is under way."""
     cache_for(folder=str(tmp_path)).put(key(1), answer())
     late = []
 
@@ -382,7 +382,7 @@ def test_answer_evicted_while_it_is_read_does_not_return(tmp_path):
 
 
 def test_broken_disk_is_no_reason_to_fail(tmp_path):
-    """Memory goes on alone, and the numbers say so (R46)."""
+    """Memory goes on alone, and the numbers say so."""
     (tmp_path / "file").write_text("not a folder")
     cache = cache_for(folder=str(tmp_path / "file"))
     cache.put(key(1), answer())

@@ -28,15 +28,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_resilient import errors
-from dspy_resilient.circuit.causes import Causes
-from dspy_resilient.circuit.outcome import (
-    Kind,
-    classify,
-    empty_answer,
-    redacted,
-    retry_after,
-)
-from dspy_resilient.circuit.state import Outcome
+from dspy_resilient.outcomes.causes import Causes
+from dspy_resilient.outcomes.classify import Kind, classify, empty_answer, redacted, retry_after
+from dspy_resilient.outcomes.outcome import Outcome
 
 NOW = 1_790_000_000.0
 
@@ -359,7 +353,7 @@ def test_an_empty_account_is_known_by_its_code(code):
 
 
 def test_words_are_those_of_the_documentation():
-    """History, events and metrics name the kinds (R70)."""
+    """History, events and metrics name the kinds."""
     assert " ".join(Kind) == (
         "answer failure timeout throttled billing auth context policy request rejected broken"
         " cancelled local"
@@ -367,7 +361,7 @@ def test_words_are_those_of_the_documentation():
 
 
 def test_a_verdict_is_a_value():
-    """Everybody who meets one error gets the same, and nobody can change it (R44)."""
+    """Everybody who meets one error gets the same, and nobody can change it."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         classify(KeyError()).retry = True
 
@@ -406,7 +400,7 @@ def test_a_timeout_of_unknown_length_is_no_failure():
 
 @pytest.mark.parametrize("status", [400, 401, 422, 500, None])
 def test_what_was_not_handed_off_is_nobodys_fault_but_ours(status):
-    """Whatever status LiteLLM makes up for it (R35)."""
+    """Whatever status LiteLLM makes up for it."""
     verdict = classify(named("InternalServerError", status_code=status), handed_off=False)
     assert (verdict.kind, verdict.outcome) == (Kind.LOCAL, Outcome.NEUTRAL)
 
@@ -540,7 +534,7 @@ def test_what_came_over_the_wire_is_the_status(chain):
 
 
 def test_rubbish_among_the_headers_is_left_out():
-    """Whoever has put it there (R28)."""
+    """Whoever has put it there."""
     headers = {7: "7", "object": object(), "empty": (), "Retry-After": "7"}
     assert list(Causes(named("X", headers=headers)).headers()) == [{"retry-after": "7"}]
 
@@ -563,7 +557,7 @@ def test_codes_are_found_wherever_they_are(error, codes):
 
 
 def test_headers_of_the_outermost_error_come_first():
-    """And of one error, those that LiteLLM has kept (R28)."""
+    """And of one error, those that LiteLLM has kept."""
     error = linked(
         named("X", litellm_response_headers={"Retry-After": 7}, headers={"retry-after": "8"}),
         wire(429, {"retry-after": "9"}),
@@ -626,7 +620,7 @@ def test_headers_of_the_outermost_error_come_first():
     ],
 )
 def test_the_hint_is_read_wherever_the_provider_puts_it(headers, seconds):
-    """Seconds, milliseconds, dates and reset times; nonsense is ignored (R28)."""
+    """Seconds, milliseconds, dates and reset times; nonsense is ignored."""
     read = retry_after(
         named("RateLimitError", litellm_response_headers=headers, status_code=429), wall=wall
     )
@@ -649,7 +643,7 @@ def test_the_hint_is_read_wherever_the_provider_puts_it(headers, seconds):
     ],
 )
 def test_the_hint_is_found_anywhere_on_the_chain(error):
-    """DSPy loses it on LiteLLM's route; LiteLLM keeps it in `litellm_response_headers` (R28)."""
+    """DSPy loses it on LiteLLM's route; LiteLLM keeps it in `litellm_response_headers`."""
     assert retry_after(error, wall=wall) == 7.0
     assert classify(error, wall=wall).retry_after == 7.0
 
@@ -657,7 +651,7 @@ def test_the_hint_is_found_anywhere_on_the_chain(error):
 @pytest.mark.skipif(not hasattr(time, "tzset"), reason="needs tzset")
 @pytest.mark.parametrize("date", ["2026-09-21T14:14:10", "Mon, 21 Sep 2026 14:14:10 -0000"])
 def test_a_date_without_a_zone_is_in_utc(monkeypatch, date):
-    """Wherever this machine is (R28)."""
+    """Wherever this machine is."""
     monkeypatch.setenv("TZ", "Etc/GMT-9")
     time.tzset()
     try:
@@ -668,18 +662,18 @@ def test_a_date_without_a_zone_is_in_utc(monkeypatch, date):
 
 
 def test_a_hint_is_a_number():
-    """True is none, though Python counts with it (R28)."""
+    """True is none, though Python counts with it."""
     assert retry_after(named("X", retry_after=True)) is None
 
 
 def test_the_hint_is_not_clamped():
-    """The caller learns what was asked for; how much of it is obeyed is the gate's business (R28)."""
+    """The caller learns what was asked for; how much of it is obeyed is the gate's business."""
     assert classify(dspy.LMRateLimitError(retry_after=86_000.0)).retry_after == 86_000.0
 
 
 @pytest.mark.parametrize(("status", "seconds"), [(429, 3.0), (503, 3.0), (529, 3.0), (500, None)])
 def test_reset_times_count_only_when_the_provider_is_busy(status, seconds):
-    """They are sent with every answer, so after a 500 they mean nothing (R28)."""
+    """They are sent with every answer, so after a 500 they mean nothing."""
     assert retry_after(wire(status, {"x-ratelimit-reset-tokens": "3s"}), wall=wall) == seconds
 
 
@@ -729,13 +723,13 @@ def test_a_chain_that_bites_its_tail_ends():
     )
 )
 def test_no_header_makes_it_raise(headers):
-    """Whatever a provider sends, a hint is a number of seconds within a month, or None (R28)."""
+    """Whatever a provider sends, a hint is a number of seconds within a month, or None."""
     seconds = retry_after(named("X", headers=headers, status_code=429), wall=wall)
     assert seconds is None or 0 <= seconds <= 31 * 86_400
 
 
 def test_no_prompt_gets_into_the_redacted_text():
-    """Class, status and code only: messages may hold prompts and keys (R7)."""
+    """Class, status and code only: messages may hold prompts and keys."""
     error = linked(
         dspy.LMServerError("You wrote: my secret", status=500, provider_code="server_error"),
         wire(500, text="my secret"),
@@ -767,7 +761,7 @@ def test_an_answer_without_choices_is_empty(response, empty):
 
 
 def test_judging_needs_no_litellm():
-    """The circuit's own modules read names and attributes, and import neither SDK nor LiteLLM."""
-    for name in ("outcome", "causes", "hint"):
-        module = sys.modules[f"dspy_resilient.circuit.{name}"]
+    """The judges read names and attributes, and import neither SDK nor LiteLLM."""
+    for name in ("classify", "causes", "retry_after"):
+        module = sys.modules[f"dspy_resilient.outcomes.{name}"]
         assert not {"litellm", "openai", "httpx", "asyncio", "anyio"} & set(vars(module))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_resilient.redact import is_secret, redact, strip_secrets
+from dspy_resilient._support.redact import is_secret, redact, strip_secrets
 
 SECRET = """
 api_key API_KEY apiKey openai_api_key api-key x-api-key X-Goog-Api-Key apikey key auth token
@@ -23,18 +23,18 @@ api_base api_version organization project keyword monkey top_k n rollout_id
 
 @pytest.mark.parametrize("name", SECRET.split())
 def test_names_of_credentials_are_known(name):
-    """Whatever is called like a credential is one (R7)."""
+    """Whatever is called like a credential is one."""
     assert is_secret(name)
 
 
 @pytest.mark.parametrize("name", [*HARMLESS.split(), "", "_", "-"])
 def test_names_of_settings_are_left_alone(name):
-    """Tokens that are counted are no tokens to steal (R7)."""
+    """Tokens that are counted are no tokens to steal."""
     assert not is_secret(name)
 
 
 def test_secrets_are_stripped_from_settings():
-    """State keeps the settings, and the names of what was left out (R7)."""
+    """State keeps the settings, and the names of what was left out."""
     settings = {"model": "m", "api_key": "sk", "temperature": 1, "azure_ad_token": "t"}
     assert strip_secrets(settings) == (
         {"model": "m", "temperature": 1},
@@ -44,7 +44,7 @@ def test_secrets_are_stripped_from_settings():
 
 
 def test_setting_with_a_secret_inside_goes_as_a_whole():
-    """Half a set of headers is of no use, and its name says what to give again (R7)."""
+    """Half a set of headers is of no use, and its name says what to give again."""
     settings = {
         "extra_headers": {"Authorization": "Bearer x", "beta": "1"},
         "headers": {"beta": "1"},
@@ -58,12 +58,12 @@ def test_setting_with_a_secret_inside_goes_as_a_whole():
 
 
 def test_unset_credentials_are_no_secret():
-    """None hides nothing (R7)."""
+    """None hides nothing."""
     assert strip_secrets({"api_key": None, "headers": {"cookie": None}})[1] == ()
 
 
 def test_settings_without_end_are_left_out():
-    """A cycle is not searched for ever, and not passed on unsearched (R7)."""
+    """A cycle is not searched for ever, and not passed on unsearched."""
     loop = {}
     loop["again"] = loop
     assert strip_secrets({"x": loop}) == ({}, ("x",))
@@ -87,7 +87,7 @@ LEAKS = [
 @pytest.mark.parametrize("text", LEAKS)
 @pytest.mark.parametrize("secret", ["Xy7-opaque_value", "0123456789abcdef"])
 def test_announced_credentials_are_masked(text, secret):
-    """Whatever follows the name of a credential is masked (R7)."""
+    """Whatever follows the name of a credential is masked."""
     masked = redact(text.format(secret))
     assert secret not in masked
     assert "***" in masked
@@ -104,7 +104,7 @@ sk-abc1**********yz99
 
 @pytest.mark.parametrize("secret", KEYS.split())
 def test_well_known_keys_are_masked_anywhere(secret):
-    """A key is known by its look, wherever it stands (R7)."""
+    """A key is known by its look, wherever it stands."""
     assert redact(f"no use: {secret}, sorry") == "no use: ***, sorry"
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_resilient.observe import LastMinute, Latency, Stats, Tally
-from dspy_resilient.observe.latency import Stopwatch, duration
+from dspy_resilient.stats import LastMinute, Latency, Stats, Tally
+from dspy_resilient.stats.latency import Stopwatch, duration
 
 SECONDS = st.floats(0.001, 2000)
 
@@ -29,14 +29,14 @@ def latency(*durations):
     st.lists(SECONDS, min_size=1, max_size=200), st.sampled_from([0.0, 0.5, 0.9, 0.95, 0.99, 1.0])
 )
 def test_a_quantile_is_off_by_a_twentieth_at_most(durations, share):
-    """Beside the durations themselves, whatever they are (R71)."""
+    """Beside the durations themselves, whatever they are."""
     exact = sorted(durations)[max(0, -int(-share * len(durations) // 1) - 1)]
     assert latency(*durations).quantile(share) == pytest.approx(exact, rel=0.05)
 
 
 @given(st.lists(SECONDS, max_size=50), st.lists(SECONDS, max_size=50))
 def test_latencies_add_up_and_can_be_taken_apart(one, two):
-    """Merged over clients they are what one client with all the answers would show (R71)."""
+    """Merged over clients they are what one client with all the answers would show."""
     both = latency(*one) + latency(*two)
     assert both.buckets == latency(*one, *two).buckets
     assert both.total == pytest.approx(sum(one) + sum(two))
@@ -65,7 +65,7 @@ def test_a_share_is_a_share(share):
 
 
 def test_powers_of_two_split_the_answers():
-    """What Prometheus is told is exact: at most so many seconds (R71)."""
+    """What Prometheus is told is exact: at most so many seconds."""
     split = dict(latency(0.5, 0.51, 1.0, 1.01, 300).up_to())
     assert (split[0.25], split[0.5], split[1.0], split[2.0], split[256.0], split[512.0]) == (
         *(0, 1, 3, 4, 4, 5),
@@ -77,13 +77,13 @@ def sample(**numbers):
 
 
 def test_a_snapshot_is_frozen():
-    """What was handed out does not change any more (R71)."""
+    """What was handed out does not change any more."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         sample().calls = 3
 
 
 def test_numbers_of_two_clients_add_up():
-    """Totals, parts, times and the last minute (R71)."""
+    """Totals, parts, times and the last minute."""
     one = sample(
         seconds=10.0,
         calls=3,
@@ -108,7 +108,7 @@ def test_numbers_of_two_clients_add_up():
 
 
 def test_an_earlier_snapshot_can_be_subtracted():
-    """What one evaluation cost (R71)."""
+    """What one evaluation cost."""
     before = sample(seconds=10.0, calls=3, skipped={"empty": 1}, latency=latency(1.0))
     after = sample(
         seconds=15.0, calls=8, skipped={"empty": 1, "partial": 2}, latency=latency(1.0, 4.0)
@@ -149,7 +149,7 @@ def test_counters_and_their_parts():
 
 
 def test_no_count_is_lost_between_threads():
-    """Whatever the interleaving, the sums are right (R8)."""
+    """Whatever the interleaving, the sums are right."""
     tally, start = Tally(), threading.Barrier(8)
 
     def count():
@@ -168,7 +168,7 @@ def test_no_count_is_lost_between_threads():
 
 
 class Counted:
-    """A client with a clock of its own, counting calls as `Runtime` does."""
+    """A client with a clock of its own, counting calls as `ClientState` does."""
 
     def __init__(self):
         self.now, self.calls, self.minute = 0.0, 0, LastMinute()
@@ -187,7 +187,7 @@ class Counted:
 
 
 def test_recent_is_the_last_minute_and_no_more():
-    """Old calls do not count, and the rate is the present one (R71)."""
+    """Old calls do not count, and the rate is the present one."""
     client = Counted()
     for second in range(300):
         client.now = float(second)
@@ -197,7 +197,7 @@ def test_recent_is_the_last_minute_and_no_more():
 
 
 def test_after_a_rest_nothing_is_recent():
-    """A client that nobody calls shows no rate, however busy it was before (R71)."""
+    """A client that nobody calls shows no rate, however busy it was before."""
     client = Counted()
     client.call(1000)
     client.now = 3600.0
@@ -208,7 +208,7 @@ def test_after_a_rest_nothing_is_recent():
 
 @given(st.lists(st.tuples(st.floats(0, 90), st.integers(1, 5)), min_size=1, max_size=60))
 def test_recent_is_never_far_off(steps):
-    """Beside a list of all calls: everything of the last 55 s counts, nothing older than 60 s (R71)."""
+    """Beside a list of all calls: everything of the last 55 s counts, nothing older than 60 s."""
     client, log = Counted(), []
     for pause, calls in steps:
         client.now += pause
@@ -246,7 +246,7 @@ def test_latency_is_a_value():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
 def test_a_snapshot_can_be_sent_away(copied):
-    """To another process, or into JSON (R71)."""
+    """To another process, or into JSON."""
     stats = sample(calls=3, failed={"timeout": 1}, latency=latency(1.0), recent=sample(calls=1))
     assert copied(stats) == stats
     assert json.loads(json.dumps(dataclasses.asdict(stats)))["recent"]["calls"] == 1

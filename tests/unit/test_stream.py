@@ -1,4 +1,4 @@
-"""What a watched stream makes of the chunks that go by (R14, R42)."""
+"""What a watched stream makes of the chunks that go by."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dspy_resilient.stream import WatchedStream
+from dspy_resilient.pipeline.stream import WatchedStream
 
 
 class Consumer:

@@ -1,4 +1,4 @@
-"""What counts as a break, and how many restarts are allowed (R60)."""
+"""What counts as a break, and how many restarts are allowed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import openai
 import pytest
 
 from dspy_resilient import LimitPolicy, RestartLimitError
-from dspy_resilient.cache.flight import Flights
-from dspy_resilient.circuit import Kind, classify
+from dspy_resilient.cache.single_flight import Flights
 from dspy_resilient.errors import LimitExceededError
 from dspy_resilient.limits import Limiter
-from dspy_resilient.supervision import Supervisor, broke_state
+from dspy_resilient.outcomes import Kind, classify
+from dspy_resilient.outcomes.breaks import broke_state
+from dspy_resilient.targets.supervisor import Supervisor
 from dspy_resilient.testing import Clock, Garbage, Hold, Provider, Reset, Status
 
 
@@ -45,7 +46,7 @@ def caught(function, *args):
 
 
 def test_a_client_closed_before_the_request_is_a_break():
-    """httpx and the OpenAI SDK refuse to send (R60)."""
+    """httpx and the OpenAI SDK refuse to send."""
     client = httpx.Client()
     client.close()
     assert classify(caught(client.get, "http://127.0.0.1:1")).kind is Kind.BROKEN
@@ -55,7 +56,7 @@ def test_a_client_closed_before_the_request_is_a_break():
 
 
 def test_a_client_closed_under_a_request_is_a_break():
-    """The error is that of a reset connection; the client in its traceback tells (R60)."""
+    """The error is that of a reset connection; the client in its traceback tells."""
     hold = Hold()
     with Provider("Paris", faults=[hold]) as provider, httpx.Client() as client:
 
@@ -73,7 +74,7 @@ def test_a_client_closed_under_a_request_is_a_break():
 
 
 def test_a_client_whose_loop_is_gone_is_a_break():
-    """Its pooled connection belongs to the loop that was closed (R60)."""
+    """Its pooled connection belongs to the loop that was closed."""
 
     async def get():
         response = await client.get(provider.url + "/v1/models")
@@ -91,7 +92,7 @@ def test_a_client_whose_loop_is_gone_is_a_break():
 
 @pytest.mark.filterwarnings("ignore:unclosed")
 def test_two_loops_on_one_client_are_a_break():
-    """What waits on one loop cannot be woken from another (R60)."""
+    """What waits on one loop cannot be woken from another."""
 
     async def wait(event):
         await event.wait()
@@ -106,7 +107,7 @@ def test_two_loops_on_one_client_are_a_break():
 
 
 async def test_a_closed_aiohttp_session_is_a_break():
-    """The third library that may be beneath (R60)."""
+    """The third library that may be beneath."""
     session = aiohttp.ClientSession()
     await session.close()
     with pytest.raises(RuntimeError) as error:
@@ -116,7 +117,7 @@ async def test_a_closed_aiohttp_session_is_a_break():
 
 @pytest.mark.parametrize("fault", [Reset(), Status(500), Garbage()], ids=["reset", "500", "page"])
 def test_what_the_provider_does_is_no_break(fault):
-    """Not even if the client is closed by the time somebody looks (R60)."""
+    """Not even if the client is closed by the time somebody looks."""
     with Provider("Paris", faults=[fault]) as provider:
         client = openai.OpenAI(api_key="k", base_url=provider.api_base, max_retries=0)
         error = caught(lambda: client.chat.completions.create(model="m", messages=[]).choices[0])
@@ -137,12 +138,12 @@ def test_what_the_provider_does_is_no_break(fault):
     ],
 )
 def test_words_of_a_provider_are_no_break(error):
-    """Servers written in Python say such things, too; only asyncio's own error counts (R60)."""
+    """Servers written in Python say such things, too; only asyncio's own error counts."""
     assert classify(error, handed_off=True).kind is not Kind.BROKEN
 
 
 def test_a_limiter_in_an_impossible_state_is_broken_state():
-    """Whatever it raises that is no error of ours (R60)."""
+    """Whatever it raises that is no error of ours."""
     limiter = Limiter(LimitPolicy(max_concurrent=1, max_queue=0))
     assert limiter.enter().granted
     refused = caught(limiter.enter)
@@ -153,7 +154,7 @@ def test_a_limiter_in_an_impossible_state_is_broken_state():
 
 
 def test_an_in_flight_table_in_an_impossible_state_is_broken_state():
-    """The same for the other one (R60)."""
+    """The same for the other one."""
     flights = Flights()
     flights._flights = None
     assert broke_state(caught(flights.join, "key"))
@@ -161,15 +162,15 @@ def test_an_in_flight_table_in_an_impossible_state_is_broken_state():
 
 
 def test_more_leaving_than_came_is_an_impossible_state():
-    """A count below zero would let too many in for ever (R53, R60)."""
+    """A count below zero would let too many in for ever."""
     limiter = Limiter(LimitPolicy(max_concurrent=1))
     slot = limiter.enter()
-    limiter._places.in_use = 0
+    limiter._leases.in_use = 0
     assert broke_state(caught(slot.leave))
 
 
 def test_a_disbanded_limiter_wakes_its_queue():
-    """Whoever waits there has to queue in the one that has taken its place (R60)."""
+    """Whoever waits there has to queue in the one that has taken its place."""
     limiter = Limiter(LimitPolicy(max_concurrent=1))
     limiter.enter()
     waiting = [limiter.enter() for _ in range(3)]
@@ -178,7 +179,7 @@ def test_a_disbanded_limiter_wakes_its_queue():
 
 
 def test_a_disbanded_table_leaves_leaders_to_answer_and_orphans_to_lead():
-    """A restart takes nobody's answer away, and leaves nobody waiting for nothing (R60)."""
+    """A restart takes nobody's answer away, and leaves nobody waiting for nothing."""
     flights = Flights()
     lead, follower = flights.join("led"), flights.join("led")
     flights.join("orphaned")
@@ -193,7 +194,7 @@ def test_a_disbanded_table_leaves_leaders_to_answer_and_orphans_to_lead():
 
 
 def test_three_restarts_within_the_window_are_allowed(clock):
-    """The fourth is refused with the time until it would be allowed, and so are calls (R60)."""
+    """The fourth is refused with the time until it would be allowed, and so are calls."""
     watcher = supervisor(clock)
     assert watcher.refusal() is None
     for _ in range(3):
@@ -208,7 +209,7 @@ def test_three_restarts_within_the_window_are_allowed(clock):
 
 
 def test_the_window_slides(clock):
-    """Once the oldest restart is five seconds old there may be another (R60)."""
+    """Once the oldest restart is five seconds old there may be another."""
     watcher = supervisor(clock)
     for _ in range(3):
         restart(watcher)
@@ -221,7 +222,7 @@ def test_the_window_slides(clock):
 
 
 def test_slow_breaks_never_exceed_the_limit(clock):
-    """One every two seconds may go on for ever (R60)."""
+    """One every two seconds may go on for ever."""
     watcher = supervisor(clock)
     for _ in range(50):
         assert restart(watcher)
@@ -229,7 +230,7 @@ def test_slow_breaks_never_exceed_the_limit(clock):
 
 
 def test_a_manual_restart_clears_the_record(clock):
-    """A person may know more (R60)."""
+    """A person may know more."""
     watcher = supervisor(clock)
     for _ in range(3):
         restart(watcher)
@@ -240,7 +241,7 @@ def test_a_manual_restart_clears_the_record(clock):
 
 
 def test_a_break_that_a_hundred_calls_saw_is_one_restart(clock):
-    """Whoever comes later, or meanwhile, finds it mended (R60)."""
+    """Whoever comes later, or meanwhile, finds it mended."""
     watcher = supervisor(clock)
     seen = watcher.generation
     with watcher.restart(seen) as first, watcher.restart(seen) as meanwhile:
@@ -252,7 +253,7 @@ def test_a_break_that_a_hundred_calls_saw_is_one_restart(clock):
 
 
 def test_a_restart_that_fails_is_over_nevertheless(clock):
-    """The next break gets its turn (R60)."""
+    """The next break gets its turn."""
     watcher = supervisor(clock)
     with pytest.raises(KeyError), watcher.restart(0):
         raise KeyError
@@ -260,7 +261,7 @@ def test_a_restart_that_fails_is_over_nevertheless(clock):
 
 
 def test_threads_at_once_restart_once(clock):
-    """However many find the break at the same moment (R60)."""
+    """However many find the break at the same moment."""
     watcher, turns, barrier = supervisor(clock), [], threading.Barrier(16)
 
     def find_broken():
@@ -277,7 +278,7 @@ def test_threads_at_once_restart_once(clock):
 
 
 def test_a_forked_child_restarts_for_itself(clock):
-    """What another thread of the parent had under way does not exist there (R8, R60)."""
+    """What another thread of the parent had under way does not exist there."""
     watcher = supervisor(clock)
     with watcher.restart(0):
         watcher._lock.acquire()

@@ -73,7 +73,7 @@ def _id(settings):
 
 
 def test_an_answer(compare, call):
-    """Outputs, wire, history, usage, cost and callbacks are those of dspy.LM (R1)."""
+    """Outputs, wire, history, usage, cost and callbacks are those of dspy.LM."""
     theirs, mine = compare(lambda lm: call(lm, "Capital of France?"))
     assert theirs.result == ["Paris"]
     assert theirs.history[0]["cost"] > 0
@@ -82,14 +82,14 @@ def test_an_answer(compare, call):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_provider(compare, call, model):
-    """Nothing of ours reaches any provider's wire, and its answer is read as by dspy.LM (R5, R30)."""
+    """Nothing of ours reaches any provider's wire, and its answer is read as by dspy.LM."""
     theirs, _ = compare(lambda lm: call(lm, "Capital of France?"), model=model)
     assert theirs.result == ["Paris"]
 
 
 @pytest.mark.parametrize("model_type", ["chat", "text", "responses"])
 def test_every_model_type(compare, call, model_type):
-    """Chat, text completions and the Responses API (R5)."""
+    """Chat, text completions and the Responses API."""
     theirs, _ = compare(
         lambda lm: call(lm, "Capital of France?"), model_type=model_type, use_developer_role=True
     )
@@ -98,13 +98,13 @@ def test_every_model_type(compare, call, model_type):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=_id)
 def test_provider_settings_of_one_call(compare, call, settings):
-    """Whatever a call may set goes where dspy.LM sends it, or fails as there (R5)."""
+    """Whatever a call may set goes where dspy.LM sends it, or fails as there."""
     compare(lambda lm: call(lm, "q", **settings), may_raise=True)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=_id)
 def test_provider_settings_of_the_client(compare, call, settings):
-    """Whatever the constructor takes goes where dspy.LM sends it, or fails as there (R1)."""
+    """Whatever the constructor takes goes where dspy.LM sends it, or fails as there."""
     compare(lambda lm: call(lm, "q"), may_raise=True, **settings)
 
 
@@ -118,7 +118,7 @@ def test_provider_settings_of_the_client(compare, call, settings):
     ids=_id,
 )
 def test_settings_of_a_text_completion(compare, call, settings):
-    """The same for `model_type="text"` (R5)."""
+    """The same for `model_type="text"`."""
     compare(lambda lm: call(lm, "q", **settings), model_type="text")
 
 
@@ -135,7 +135,7 @@ def test_settings_of_a_text_completion(compare, call, settings):
     ids=_id,
 )
 def test_settings_of_a_response(compare, call, settings):
-    """The same for `model_type="responses"` (R5)."""
+    """The same for `model_type="responses"`."""
     compare(lambda lm: call(lm, "q", **settings), model_type="responses", may_raise=True)
 
 
@@ -151,13 +151,13 @@ def test_settings_of_a_response(compare, call, settings):
     ids=_id,
 )
 def test_settings_of_an_anthropic_call(compare, call, settings):
-    """The same over Anthropic's own protocol (R5)."""
+    """The same over Anthropic's own protocol."""
     compare(lambda lm: call(lm, "q", **settings), model="anthropic/claude-haiku-4-5")
 
 
 @pytest.mark.parametrize("model_type", ["chat", "responses"])
 def test_tool_calls_and_thoughts(compare, call, model_type):
-    """What an answer holds besides text is handed out in the same form (R5)."""
+    """What an answer holds besides text is handed out in the same form."""
     answer = {
         "text": "see",
         "reasoning": "hm",
@@ -172,7 +172,7 @@ def test_tool_calls_and_thoughts(compare, call, model_type):
 @pytest.mark.parametrize("method", ["prompt", "messages", "both", "neither", "empty"])
 @pytest.mark.filterwarnings("ignore:.*messages= :DeprecationWarning")
 def test_every_way_to_ask(compare, call, method):
-    """Prompt and messages, each and both (R1)."""
+    """Prompt and messages, each and both."""
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "m"}]
     given = {
         "prompt": {"prompt": "p"},
@@ -240,14 +240,14 @@ def test_a_rate_limit(compare, call):
     ids=_id,
 )
 def test_what_dspy_refuses(compare, call, wrong):
-    """What dspy.LM refuses before it sends anything is refused alike (R1)."""
+    """What dspy.LM refuses before it sends anything is refused alike."""
     asked = {"prompt": "q", **wrong}
     compare(lambda lm: call(lm, **asked), may_raise=True, num_retries=0)
 
 
 @pytest.mark.parametrize("fault", [Truncated(), Filtered()], ids=lambda f: type(f).__name__)
 def test_answers_that_are_no_good(compare, call, fault, caplog):
-    """A cut or filtered answer is handed out as it is, with DSPy's own remark in the log (R5)."""
+    """A cut or filtered answer is handed out as it is, with DSPy's own remark in the log."""
     compare(lambda lm: call(lm, "q"), answer="one two three four", faults=[fault])
     said = [record.getMessage() for record in caplog.records if record.name == "dspy.clients.lm"]
     assert len(said) in (0, 2)

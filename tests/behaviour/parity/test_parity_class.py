@@ -43,7 +43,7 @@ def visible(lm):
 
 
 def test_every_parameter_is_there():
-    """Each parameter of dspy.LM has its name, place and kind here; ours are keyword-only (R1).
+    """Each parameter of dspy.LM has its name, place and kind here; ours are keyword-only.
 
     Wanted difference: `engine` is "litellm" where dspy.LM has "auto", and `num_retries` may be
     left to `retry`; both default to a mark that says so.
@@ -61,7 +61,7 @@ def test_every_parameter_is_there():
 
 @pytest.mark.parametrize("method", ["__call__", "acall", "copy", "dump_state", "load_state"])
 def test_every_method_takes_the_same(method):
-    """Names and kinds of the parameters; a callback sees the same inputs (R1, R2)."""
+    """Names and kinds of the parameters; a callback sees the same inputs."""
     theirs, ours = (inspect.signature(getattr(kind, method)) for kind in (dspy.LM, ResilientLM))
     assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
         (p.name, p.kind, p.default) for p in theirs.parameters.values()
@@ -70,7 +70,7 @@ def test_every_method_takes_the_same(method):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_attributes_and_capabilities(model):
-    """Everything that dspy.LM shows has the same value (R1, R5)."""
+    """Everything that dspy.LM shows has the same value."""
     theirs = dspy.LM(model, engine="litellm", **OTHERS | {"temperature": 1.0})
     with ResilientLM(model, **OTHERS | {"temperature": 1.0}) as ours:
         assert visible(ours) == visible(theirs)
@@ -81,7 +81,7 @@ def test_attributes_and_capabilities(model):
 
 @pytest.mark.parametrize("model_type", ["chat", "text", "responses"])
 def test_positional_arguments(model_type):
-    """All of them may be given by position, up to the last (R1)."""
+    """All of them may be given by position, up to the last."""
     given = (
         "openai/x",
         model_type,
@@ -127,7 +127,7 @@ def test_what_the_constructor_refuses(wrong):
 
 
 def test_finetuning():
-    """`finetune` and `reinforce` say the same where the provider cannot (R1)."""
+    """`finetune` and `reinforce` say the same where the provider cannot."""
     for method, arguments in [("finetune", ([], None)), ("reinforce", ({},))]:
         with pytest.raises(dspy.LMUnsupportedFeatureError) as theirs:
             getattr(dspy.LM("some/model"), method)(*arguments)
@@ -137,7 +137,7 @@ def test_finetuning():
 
 
 def test_a_finetuned_model_is_the_same_client():
-    """The job's result is a copy with the new model (R1, R6)."""
+    """The job's result is a copy with the new model."""
 
     class Quick(dspy.Provider):
         def __init__(self):
@@ -158,7 +158,7 @@ def test_a_finetuned_model_is_the_same_client():
 
 
 def test_settings_may_be_changed_after_construction(compare, call):
-    """`lm.kwargs`, `lm.model`, `lm.cache`, `lm.callbacks` and `lm.num_retries` are read per call (R1)."""
+    """`lm.kwargs`, `lm.model`, `lm.cache`, `lm.callbacks` and `lm.num_retries` are read per call."""
 
     def scenario(lm):
         call(lm, "q")
@@ -178,7 +178,7 @@ def test_settings_may_be_changed_after_construction(compare, call):
 
 
 def test_launching_a_local_server_changes_the_address(compare, call):
-    """`launch` and `kill` belong to the provider, which may set `api_base` (R1)."""
+    """`launch` and `kill` belong to the provider, which may set `api_base`."""
 
     class Local(dspy.Provider):
         @staticmethod
@@ -211,7 +211,7 @@ def _warned(act):
 
 @pytest.mark.parametrize("how", ["sync", "async", "positional prompt too"])
 def test_deprecated_messages_warn_at_the_users_line(compare, on_a_loop, how):
-    """The same category, attributed to the caller's file (R4); the words are our own."""
+    """The same category, attributed to the caller's file; the words are our own."""
     messages = [{"role": "user", "content": "q"}]
 
     def scenario(lm):
@@ -232,7 +232,7 @@ def test_deprecated_messages_warn_at_the_users_line(compare, on_a_loop, how):
 
 
 def test_programs_do_not_warn(compare, call):
-    """An adapter's own messages= call is not the user's (R4)."""
+    """An adapter's own messages= call is not the user's."""
 
     def scenario(lm):
         return _warned(lambda: call(dspy.Predict("question -> answer"), question="q"))
@@ -333,12 +333,12 @@ def _python(code):
 
 
 def test_the_call_methods_of_dspy_3_5_are_wrapped():
-    """`generate` and `agenerate`, where DSPy has them, have cache, retries and circuit (R2)."""
+    """`generate` and `agenerate`, where DSPy has them, have cache, retries and circuit."""
     assert _python(_NEXT_DSPY + _UNDER_NEXT_DSPY) == "fine"
 
 
 def test_a_call_past_us_warns_once(compare):
-    """An entry that arrives by a way we do not wrap is recorded, with one warning (R3)."""
+    """An entry that arrives by a way we do not wrap is recorded, with one warning."""
 
     class Next(ResilientLM):
         def speak(self, prompt):

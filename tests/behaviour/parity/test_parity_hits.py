@@ -23,7 +23,7 @@ def printed(lm, n):
 @pytest.mark.parametrize("model_type", ["chat", "text", "responses"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5, "rollout_id": 3}, {"n": 2}], ids=str)
 def test_a_hit(compare, call, model_type, settings):
-    """Outputs, usage {}, old cost, callbacks and the marked response are dspy.LM's (R43)."""
+    """Outputs, usage {}, old cost, callbacks and the marked response are dspy.LM's."""
 
     def twice(lm):
         return call(lm, "q", **settings), call(lm, "q", **settings)
@@ -34,13 +34,13 @@ def test_a_hit(compare, call, model_type, settings):
 
 
 def test_a_hit_with_tool_calls(compare, call):
-    """What is not text comes back in the same form (R43)."""
+    """What is not text comes back in the same form."""
     theirs, _ = compare(lambda lm: (call(lm, "q"), call(lm, "q")), answer=TOOL_CALL)
     assert theirs.hits == [False, True]
 
 
 def test_a_hit_of_a_program(compare, call):
-    """The adapter's messages, the prediction and its usage (R43)."""
+    """The adapter's messages, the prediction and its usage."""
 
     def twice(lm):
         program = dspy.ChainOfThought("question -> answer")
@@ -56,7 +56,7 @@ def test_a_hit_of_a_program(compare, call):
 
 
 def test_the_tracker_counts_no_hit(compare, call):
-    """`dspy.track_usage` has one entry for two equal calls (R43)."""
+    """`dspy.track_usage` has one entry for two equal calls."""
 
     def tracked(lm):
         with dspy.track_usage() as usage:
@@ -69,7 +69,7 @@ def test_the_tracker_counts_no_hit(compare, call):
 
 
 def test_inspect_history_prints_the_same(compare, call):
-    """For an answer, a hit and a program's call, but for the time (R5)."""
+    """For an answer, a hit and a program's call, but for the time."""
 
     def shown(lm):
         call(lm, "q")
@@ -82,7 +82,7 @@ def test_inspect_history_prints_the_same(compare, call):
 
 
 def test_global_and_module_history(compare, call):
-    """Entries also reach DSPy's global history and the calling module's (R5)."""
+    """Entries also reach DSPy's global history and the calling module's."""
 
     class Program(dspy.Module):
         def __init__(self):
@@ -117,7 +117,7 @@ def test_global_and_module_history(compare, call):
     ids=str,
 )
 def test_history_can_be_limited(compare, call, settings):
-    """`disable_history` and `max_history_size` mean the same, for answers and for hits (R5)."""
+    """`disable_history` and `max_history_size` mean the same, for answers and for hits."""
 
     def asked(lm):
         with dspy.context(**settings):
@@ -129,7 +129,7 @@ def test_history_can_be_limited(compare, call, settings):
 
 
 def test_who_sees_the_callbacks(compare, call):
-    """One pair of on_lm callbacks per call, a hit's and a failing call's included (R2)."""
+    """One pair of on_lm callbacks per call, a hit's and a failing call's included."""
 
     def asked(lm):
         call(lm, "q", temperature=0.1)
@@ -148,7 +148,7 @@ def test_who_sees_the_callbacks(compare, call):
 
 
 def test_the_cache_can_be_bypassed(compare, call):
-    """`cache=False` for one call, for a copy and as attribute; rollouts and settings (R7, R41)."""
+    """`cache=False` for one call, for a copy and as attribute; rollouts and settings."""
 
     def asked(lm):
         call(lm, "q", temperature=1.0)
@@ -167,7 +167,7 @@ def test_the_cache_can_be_bypassed(compare, call):
 
 
 def test_outputs_may_be_changed(compare, call):
-    """What a caller does to an answer does not reach the next caller's (R40).
+    """What a caller does to an answer does not reach the next caller's.
 
     Wanted difference: nor does it reach the history, where dspy.LM shows what became of it.
     """

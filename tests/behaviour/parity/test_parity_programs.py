@@ -52,7 +52,7 @@ def adapt(request):
 
 
 def test_predict(compare, call, adapt):
-    """Every adapter formats, asks and parses alike (R5)."""
+    """Every adapter formats, asks and parses alike."""
 
     def scenario(lm):
         with adapt(lm):
@@ -62,7 +62,7 @@ def test_predict(compare, call, adapt):
 
 
 def test_typed_fields_and_demos(compare, call, adapt):
-    """Structured output, where the model has it natively, and few-shot examples (R5)."""
+    """Structured output, where the model has it natively, and few-shot examples."""
 
     def scenario(lm):
         program = dspy.ChainOfThought(About)
@@ -82,7 +82,7 @@ def test_typed_fields_and_demos(compare, call, adapt):
 
 
 def test_native_structured_output(compare, call):
-    """The schema goes over the wire (R5)."""
+    """The schema goes over the wire."""
 
     def scenario(lm):
         with dspy.context(adapter=dspy.JSONAdapter()):
@@ -95,7 +95,7 @@ def test_native_structured_output(compare, call):
 @pytest.mark.parametrize("native", [True, False], ids=["native", "in the prompt"])
 @pytest.mark.parametrize("model_type", ["chat", "responses"])
 def test_native_tool_calls(compare, call, native, model_type):
-    """Tools go over the wire, and the calls come back (R5)."""
+    """Tools go over the wire, and the calls come back."""
 
     def weather(city: str) -> str:
         """How the weather is."""
@@ -117,7 +117,7 @@ def test_native_tool_calls(compare, call, native, model_type):
 
 
 def test_react(compare, call):
-    """An agent with a tool, step by step (R5)."""
+    """An agent with a tool, step by step."""
 
     def population(city: str) -> int:
         """How many people live there."""
@@ -141,7 +141,7 @@ def test_react(compare, call):
 
 
 def test_react_cuts_its_trajectory_when_the_window_is_full(compare, call):
-    """ContextWindowExceededError reaches ReAct unchanged, which then tries with less (R52)."""
+    """ContextWindowExceededError reaches ReAct unchanged, which then tries with less."""
 
     def scenario(lm):
         return call(dspy.ReAct("question -> answer", tools=[]), question="How many?")
@@ -150,7 +150,7 @@ def test_react_cuts_its_trajectory_when_the_window_is_full(compare, call):
 
 
 def test_several_completions(compare, call):
-    """`n` in a module's config gives as many completions (R5)."""
+    """`n` in a module's config gives as many completions."""
 
     def scenario(lm):
         program = dspy.Predict("question -> answer", n=3, temperature=1.0)
@@ -163,7 +163,7 @@ def test_several_completions(compare, call):
 
 
 def test_logprobs_of_a_prediction(compare, call):
-    """`logprobs` come with the prediction (R5)."""
+    """`logprobs` come with the prediction."""
 
     def scenario(lm):
         program = dspy.Predict("question -> answer", logprobs=True)
@@ -174,7 +174,7 @@ def test_logprobs_of_a_prediction(compare, call):
 
 
 def test_reasoning_of_a_model(compare, call):
-    """Native reasoning of the Responses API and of reasoning models (R5)."""
+    """Native reasoning of the Responses API and of reasoning models."""
 
     class Think(dspy.Signature):
         question: str = dspy.InputField()
@@ -196,7 +196,7 @@ def test_reasoning_of_a_model(compare, call):
 
 @pytest.mark.parametrize("kind", [dspy.BestOfN, dspy.Refine], ids=lambda kind: kind.__name__)
 def test_best_of_several(compare, kind):
-    """Each rollout is a call of its own, on the same client (R5, R6)."""
+    """Each rollout is a call of its own, on the same client."""
     told = itertools.cycle(["Lyon", "Paris", "Rome"])
     answer = dspy_answers(lambda given: next(told) if given in CAPITALS else None)
 
@@ -214,7 +214,7 @@ def test_best_of_several(compare, kind):
 
 
 def test_parallel(compare):
-    """Threads share the client (R8)."""
+    """Threads share the client."""
 
     def scenario(lm):
         program = dspy.Predict("question -> answer")
@@ -231,7 +231,7 @@ def test_parallel(compare):
 
 
 def test_batch(compare):
-    """`Module.batch` (R8)."""
+    """`Module.batch`."""
 
     def scenario(lm):
         program = dspy.Predict("question -> answer")
@@ -241,7 +241,7 @@ def test_batch(compare):
 
 
 def test_evaluate(compare):
-    """The same score and the same results (R5)."""
+    """The same score and the same results."""
 
     def scenario(lm):
         evaluate = dspy.Evaluate(
@@ -260,7 +260,7 @@ def test_evaluate(compare):
 
 
 def test_bootstrap_few_shot(compare):
-    """The same demos (R5)."""
+    """The same demos."""
 
     def scenario(lm):
         optimizer = dspy.BootstrapFewShot(metric=right, max_rounds=2, max_bootstrapped_demos=2)
@@ -272,7 +272,7 @@ def test_bootstrap_few_shot(compare):
 
 
 def test_mipro(compare):
-    """MIPROv2 proposes, tries and picks the same (R5); it needs the optuna extra of DSPy."""
+    """MIPROv2 proposes, tries and picks the same; it needs the optuna extra of DSPy."""
     pytest.importorskip("optuna")
 
     def scenario(lm):
@@ -302,7 +302,7 @@ def test_mipro(compare):
 
 
 def test_gepa(compare):
-    """GEPA reflects on failures and ends with the same instructions (R5)."""
+    """GEPA reflects on failures and ends with the same instructions."""
 
     def feedback(example, prediction, trace=None, pred_name=None, pred_trace=None):
         score = float(example.answer == prediction.answer)
@@ -353,7 +353,7 @@ MEDIA = {
 @pytest.mark.parametrize("medium", MEDIA)
 @pytest.mark.parametrize("model_type", ["chat", "responses"])
 def test_media(compare, call, medium, model_type):
-    """Images, audio and files reach the wire in the same form, and hits are found (R5, R41)."""
+    """Images, audio and files reach the wire in the same form, and hits are found."""
     value = MEDIA[medium]()
     signature = dspy.Signature({"medium": (type(value), dspy.InputField())}).append(
         "answer", dspy.OutputField(), str
@@ -368,7 +368,7 @@ def test_media(compare, call, medium, model_type):
 
 
 def test_a_conversation(compare, call):
-    """`dspy.History` becomes turns (R5)."""
+    """`dspy.History` becomes turns."""
 
     class Chat(dspy.Signature):
         question: str = dspy.InputField()
@@ -383,7 +383,7 @@ def test_a_conversation(compare, call):
 
 
 def test_an_answer_no_adapter_can_read(compare, call):
-    """The JSON fallback is tried and AdapterParseError raised, as with dspy.LM (R5)."""
+    """The JSON fallback is tried and AdapterParseError raised, as with dspy.LM."""
 
     def scenario(lm):
         return call(dspy.Predict("question -> number: int"), question="How many?")
@@ -393,7 +393,7 @@ def test_an_answer_no_adapter_can_read(compare, call):
 
 
 def test_a_providers_error_goes_through_a_program(compare, call):
-    """No adapter takes it for a parse failure and asks again (R5)."""
+    """No adapter takes it for a parse failure and asks again."""
 
     def scenario(lm):
         return call(dspy.Predict("question -> answer"), question="q")
@@ -403,7 +403,7 @@ def test_a_providers_error_goes_through_a_program(compare, call):
 
 
 def test_each_module_may_have_an_lm_of_its_own(compare, call):
-    """`set_lm`, `dspy.context` and `lm=` of a call (R8)."""
+    """`set_lm`, `dspy.context` and `lm=` of a call."""
 
     def scenario(lm):
         program = dspy.Predict("question -> answer")
@@ -420,7 +420,7 @@ def test_each_module_may_have_an_lm_of_its_own(compare, call):
 
 
 def test_a_copied_program(compare, call):
-    """`deepcopy` and `reset_copy` keep working, and use the same client (R6)."""
+    """`deepcopy` and `reset_copy` keep working, and use the same client."""
 
     def scenario(lm):
         program = dspy.Predict("question -> answer")

@@ -83,7 +83,7 @@ def streamed(request, on_a_loop):
 
 
 def test_a_listener_hears_the_same(compare, streamed):
-    """The chunks of a field, then the prediction (R5)."""
+    """The chunks of a field, then the prediction."""
 
     def scenario(lm):
         return streamed(
@@ -98,7 +98,7 @@ def test_a_listener_hears_the_same(compare, streamed):
 @one_way
 @pytest.mark.parametrize("adapter", [dspy.JSONAdapter, dspy.XMLAdapter])
 def test_a_listener_of_another_adapter(compare, streamed, adapter):
-    """The same for each of them (R5)."""
+    """The same for each of them."""
 
     def scenario(lm):
         listeners = [StreamListener("answer"), StreamListener("verdict")]
@@ -110,14 +110,14 @@ def test_a_listener_of_another_adapter(compare, streamed, adapter):
 
 
 def test_raw_chunks(compare, streamed):
-    """Without a listener LiteLLM's own chunks arrive, one by one (R5)."""
+    """Without a listener LiteLLM's own chunks arrive, one by one."""
     theirs, _ = compare(lambda lm: streamed(Program()), answer=dspy_answers(ANSWER))
     assert theirs.result[0][0] == "ModelResponseStream"
 
 
 @both_ends
 def test_status_messages(compare, streamed):
-    """Of modules and of LM calls, with the same texts in the same order (R2, R5)."""
+    """Of modules and of LM calls, with the same texts in the same order."""
 
     def scenario(lm):
         return streamed(
@@ -133,7 +133,7 @@ def test_status_messages(compare, streamed):
 
 
 def test_a_hit_streams_the_prediction_alone(compare, streamed):
-    """As with dspy.LM (R43); status messages go on."""
+    """As with dspy.LM; status messages go on."""
 
     def scenario(lm):
         listeners = [StreamListener("answer", allow_reuse=True)]
@@ -146,7 +146,7 @@ def test_a_hit_streams_the_prediction_alone(compare, streamed):
 
 @both_ends
 def test_streamed_and_plain_calls_share_their_answers(compare, streamed):
-    """What was streamed is found by an ordinary call (R41)."""
+    """What was streamed is found by an ordinary call."""
 
     def scenario(lm):
         streamed(dspy.Predict(Answer))
@@ -160,7 +160,7 @@ def test_streamed_and_plain_calls_share_their_answers(compare, streamed):
 
 @pytest.mark.filterwarnings("ignore:Accessing the 'model_:DeprecationWarning")  # LiteLLM's own
 def test_usage_of_a_stream(compare, streamed):
-    """`track_usage` asks the provider for it, and has it (R5)."""
+    """`track_usage` asks the provider for it, and has it."""
 
     def scenario(lm):
         with dspy.context(track_usage=True, usage_tracker=None):
@@ -175,7 +175,7 @@ def test_usage_of_a_stream(compare, streamed):
 @one_way
 @pytest.mark.parametrize("model", ["anthropic/claude-haiku-4-5", "gemini/gemini-2.0-flash"])
 def test_other_providers_stream(compare, streamed, model):
-    """Over their own protocols (R5)."""
+    """Over their own protocols."""
 
     def scenario(lm):
         return streamed(Program(), stream_listeners=[StreamListener("answer")])
@@ -187,7 +187,7 @@ def test_other_providers_stream(compare, streamed, model):
 @both_ends
 @pytest.mark.parametrize("model_type", ["chat", "responses"])
 def test_the_native_engine_streams(compare, streamed, model_type):
-    """Its chunks are DSPy's own (R1)."""
+    """Its chunks are DSPy's own."""
 
     def scenario(lm):
         return streamed(Program(), stream_listeners=[StreamListener("answer")])
@@ -211,7 +211,7 @@ def test_errors_of_a_stream(compare, streamed, fault):
 
 @one_way
 def test_a_stream_is_retried_before_its_first_chunk(compare, streamed):
-    """The consumer sees nothing of it (R14)."""
+    """The consumer sees nothing of it."""
 
     def scenario(lm):
         return streamed(Program(), stream_listeners=[StreamListener("answer")])
@@ -224,7 +224,7 @@ def test_a_stream_is_retried_before_its_first_chunk(compare, streamed):
 
 
 def test_asyncify(compare, on_a_loop):
-    """`dspy.asyncify` runs the program on a thread (R5, R8)."""
+    """`dspy.asyncify` runs the program on a thread."""
 
     def scenario(lm):
         return on_a_loop(dspy.asyncify(Program())(question=QUESTION))
@@ -233,7 +233,7 @@ def test_asyncify(compare, on_a_loop):
 
 
 def test_syncify(compare):
-    """`dspy.syncify` runs an async program from sync code (R5, R8)."""
+    """`dspy.syncify` runs an async program from sync code."""
 
     def scenario(lm):
         return dspy.syncify(Program())(question=QUESTION)

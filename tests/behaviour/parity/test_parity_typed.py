@@ -38,20 +38,20 @@ class AsyncEngine(Engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_typed_request(compare, call, engine):
-    """Response, wire, history, usage and callbacks (R5)."""
+    """Response, wire, history, usage and callbacks."""
     theirs, _ = compare(lambda lm: call(lm, request()), engine=engine)
     assert theirs.result[0] == "Response"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_typed_request_by_keyword(compare, call, engine):
-    """`request=` is the other spelling (R5)."""
+    """`request=` is the other spelling."""
     compare(lambda lm: call(lm, request=request()), engine=engine)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_typed_request_with_everything(compare, call, engine):
-    """System prompt, settings and tools go where dspy.LM sends them (R5)."""
+    """System prompt, settings and tools go where dspy.LM sends them."""
     config = Config(temperature=0.2, max_tokens=30, stop=("x",), seed=1, top_p=0.5)
     tool = FunctionTool(name="weather", parameters={"type": "object", "properties": {}})
     answer = {"tool_calls": [{"name": "weather", "arguments": {"city": "Rome"}}]}
@@ -61,21 +61,21 @@ def test_a_typed_request_with_everything(compare, call, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_typed_hit(compare, call, engine):
-    """A hit's entry names the request and shows its messages (R43)."""
+    """A hit's entry names the request and shows its messages."""
     theirs, mine = compare(lambda lm: (call(lm, request()), call(lm, request())), engine=engine)
     assert theirs.marks == [None, None]  # a Response takes no mark; ours is in the entry
     assert mine.hits == [False, True]
 
 
 def test_typed_and_ordinary_calls_do_not_share_an_answer(compare, call):
-    """They have different shapes (R41)."""
+    """They have different shapes."""
     theirs, _ = compare(lambda lm: (call(lm, "q"), call(lm, request("q"))))
     assert len(theirs.requests) == 2
 
 
 @pytest.mark.parametrize("model_type", ["chat", "responses", "text"])
 def test_typed_requests_of_every_model_type(compare, call, model_type):
-    """Text completions take none, and say so (R5)."""
+    """Text completions take none, and say so."""
     compare(lambda lm: call(lm, request()), model_type=model_type, may_raise=True, num_retries=0)
 
 
@@ -84,7 +84,7 @@ def test_typed_requests_of_every_model_type(compare, call, model_type):
     ["another model", "options", "twice", "messages", "no request", "temperature"],
 )
 def test_what_a_typed_call_refuses(compare, call, wrong):
-    """The same TypeError or ValueError, before anything is sent or looked up (R5)."""
+    """The same TypeError or ValueError, before anything is sent or looked up."""
     good = request()
     given = {
         "another model": ((request(model="openai/other"),), {}),
@@ -123,7 +123,7 @@ def test_errors_of_every_engine(compare, call, engine, typed, code):
     "settings", [{}, {"n": 2, "temperature": 1.0}, {"logprobs": True}], ids=str
 )
 def test_an_ordinary_call_on_another_engine(compare, call, engine, settings):
-    """The native engine serves ordinary calls, hits and programs too (R1)."""
+    """The native engine serves ordinary calls, hits and programs too."""
 
     def asked(lm):
         program = dspy.ChainOfThought("question -> answer")
@@ -140,7 +140,7 @@ def test_an_ordinary_call_on_another_engine(compare, call, engine, settings):
 
 @pytest.mark.parametrize("settings", [{"extra_body": {"x": 1}}, {"organization": "o"}], ids=str)
 def test_what_auto_sends_through_litellm(compare, call, settings):
-    """Where "auto" falls back on LiteLLM one attempt is still one request (R1, R32)."""
+    """Where "auto" falls back on LiteLLM one attempt is still one request."""
     compare(lambda lm: call(lm, "q", **settings), engine="auto")
     theirs, _ = compare(
         lambda lm: call(lm, "q", **settings),
@@ -153,7 +153,7 @@ def test_what_auto_sends_through_litellm(compare, call, settings):
 
 
 def test_a_custom_engine(compare, call):
-    """An engine object of the user's own: typed and ordinary calls, programs and hits (R1)."""
+    """An engine object of the user's own: typed and ordinary calls, programs and hits."""
     engines = []
 
     def asked(lm):
@@ -166,7 +166,7 @@ def test_a_custom_engine(compare, call):
 
 
 def test_a_custom_engine_owns_its_connection(compare, call):
-    """Client settings are refused, at construction and in a call, as by dspy.LM (R1)."""
+    """Client settings are refused, at construction and in a call, as by dspy.LM."""
     for build in (dspy.LM, _ours()):
         with pytest.raises(ValueError, match="a custom engine owns its own"):
             build(MODEL, engine=Engine(), api_key="k")
@@ -179,12 +179,12 @@ def test_a_custom_engine_owns_its_connection(compare, call):
 
 
 def test_a_custom_engine_without_an_async_half(compare, call):
-    """`acall` says what is missing (R1)."""
+    """`acall` says what is missing."""
     compare(lambda lm: call(lm, "q"), engine=Engine(), may_raise=True)
 
 
 def test_prompt_cache(compare, call):
-    """`prompt_cache` reaches the native engine, and is refused where there is none (R1)."""
+    """`prompt_cache` reaches the native engine, and is refused where there is none."""
     policy = dspy.lm15.CacheConfig(mode="auto")
     compare(lambda lm: call(lm, "q"), engine="auto", prompt_cache=policy, may_raise=True)
     compare(lambda lm: call(lm, "q", prompt_cache=policy), engine="litellm", may_raise=True)
@@ -198,7 +198,7 @@ def _ours():
 
 
 def test_a_request_is_not_changed(compare, call):
-    """The caller's object is read, never written; the response is the provider's (R5)."""
+    """The caller's object is read, never written; the response is the provider's."""
     asked = request()
     before = dataclasses.asdict(asked)
     compare(lambda lm: call(lm, asked))

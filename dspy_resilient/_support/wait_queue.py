@@ -1,0 +1,222 @@
+"""Who holds a place, who waits for one, and who is to be told.
+
+What the circuit and the throttle gate have in common. Nothing here decides who may go, waits for
+anything, or starts a thread.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import abstractmethod
+from collections import OrderedDict, deque
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from dspy_resilient.events import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dspy_resilient.events import Event, Listener
+
+
+_SAME = 1.0  # seconds by which two readings of the end of one wait may differ
+
+
+class LeaseTable:
+    """Places taken by calls under way, each until it is given back or its lease is over.
+
+    A holder whose lease is over loses its place, whatever became of it: a lost or hanging call
+    blocks a place for a limited time only. Needs its owner's lock.
+    """
+
+    __slots__ = ("_leases", "next_end")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Take back all places."""
+        self._leases: dict[object, float] = {}
+        self.next_end = math.inf  # no lease ends before this; one that was given back may have
+
+    def take(self, holder: object, until: float) -> None:
+        """Give `holder` a place until the clock reads `until`."""
+        self._leases[holder] = until
+        self.next_end = min(self.next_end, until)
+
+    def give_back(self, holder: object) -> bool:
+        """Take back the place of `holder`; False if it had none any more."""
+        return self._leases.pop(holder, None) is not None
+
+    def taken(self, now: float) -> int:
+        """Return how many places are taken, after ending the leases that are over."""
+        return len(self.leases(now))
+
+    def leases(self, now: float) -> dict[object, float]:
+        """Return who has a place, and until when, after ending the leases that are over."""
+        if now >= self.next_end:
+            self._leases = {who: until for who, until in self._leases.items() if until > now}
+            self.next_end = min(self._leases.values(), default=math.inf)
+        return self._leases
+
+
+class Notifier:
+    """What others must hear once their owner's lock is released: waiters and events.
+
+    Under the lock, `call` picks waiters and `note` keeps events; without it, `send` resolves the
+    former and delivers the latter. Events reach the listener in the order in which they were
+    noted, one at a time, on a thread that happens to send; a fault of the listener is logged once.
+    """
+
+    __slots__ = ("_called", "_delivering", "_events", "_faulty", "_line", "_listener", "pending")
+
+    def __init__(self, listener: Listener | None) -> None:
+        self._listener = listener
+        self._line: OrderedDict[Future[None], None] = OrderedDict()
+        self._called: deque[Future[None]] = deque()
+        self._events: deque[Event] = deque()
+        self._delivering = threading.Lock()
+        self._faulty = False
+        self.pending = False  # whether there may be anything to send
+
+    @property
+    def waiting(self) -> int:
+        """Waiters in line."""
+        return len(self._line)
+
+    def enlist(self, waiter: Future[None]) -> None:
+        """Put `waiter` at the end of the line; needs the lock."""
+        self._line[waiter] = None
+
+    def leave(self, waiter: Future[None]) -> bool:
+        """Take `waiter` out of the line; False if it was called already; needs the lock."""
+        in_line = waiter in self._line
+        self._line.pop(waiter, None)
+        return in_line
+
+    def call(self, count: float = math.inf) -> None:
+        """Call the `count` waiters that have waited longest (default: all); needs the lock."""
+        while self._line and count > 0:
+            waiter, _ = self._line.popitem(last=False)
+            if waiter.set_running_or_notify_cancel():
+                self._called.append(waiter)
+                self.pending = True
+                count -= 1
+
+    def note(self, event: Event) -> None:
+        """Keep `event` for the listener, if there is one; needs the lock."""
+        if self._listener is not None:
+            self._events.append(event)
+            self.pending = True
+
+    def renew(self) -> None:
+        """Forget everything: in a forked child nobody waits."""
+        self._delivering = threading.Lock()
+        for kept in (self._line, self._called, self._events):
+            kept.clear()
+
+    def send(self) -> None:
+        """Resolve the called waiters and deliver the events; without the lock."""
+        self.pending = False
+        while self._called:
+            try:
+                waiter = self._called.popleft()
+            except IndexError:  # another thread was quicker
+                break
+            waiter.set_result(None)
+        while self._events and self._delivering.acquire(blocking=False):
+            try:
+                while self._events:
+                    self._deliver(self._events.popleft())
+            finally:
+                self._delivering.release()
+
+    def _deliver(self, event: Event) -> None:
+        assert self._listener is not None
+        try:
+            self._listener(event)
+        except Exception:  # noqa: BLE001  # somebody's bug, which must not become an outage
+            if not self._faulty:
+                self._faulty = True
+                logger.exception("dspy_resilient.listener_failed", extra={"client": event.client})
+
+
+class WaitQueue:
+    """Something that callers may have to wait at, in line and without a timer.
+
+    Whoever is one calls `_set_up` first, and says how long the wait is.
+    """
+
+    _told_until = -math.inf
+
+    def _set_up(self, clock: Callable[[], float], listener: Listener | None) -> None:
+        self._clock = clock
+        # Re-entrant: the garbage collector may close an abandoned generator on this very thread
+        # while it is in here, and the generator then reports its permit.
+        self._lock = threading.RLock()
+        self._notifier = Notifier(listener)
+        self._leases = LeaseTable()
+
+    def renew(self) -> None:
+        """Make it usable in a forked child, where its callers do not exist."""
+        self._lock = threading.RLock()
+        self._leases.clear()
+        self._notifier.renew()
+
+    @abstractmethod
+    def _wait(self, now: float) -> float:
+        """Answer `wait_time` at the clock's reading `now`; has the lock."""
+
+    def wait_time(self) -> float:
+        """Return the seconds until it makes sense to ask for leave again.
+
+        0.0 if a call would be let through now, exact while the end of the wait is known, and
+        `math.inf` while nobody can tell: those who were let through have not reported yet, or only
+        somebody's hand can end it. Who means to wait all the same enlists.
+        """
+        with self._lock:
+            return self._wait(self._clock())
+
+    def recheck_time(self) -> float:
+        """Return the seconds after which a waiter must ask again though nobody has called it.
+
+        The clock alone may end the wait, or the lease of a call that hangs or was lost, and there
+        is no timer to tell. `math.inf` if only somebody's doing can change anything.
+        """
+        with self._lock:
+            now = self._clock()
+            wait = self._wait(now)
+            return max(0.0, self._leases.next_end - now) if math.isinf(wait) else wait
+
+    def is_news(self, until: float) -> bool:
+        """Whether nobody has been told yet of a wait that lasts until the clock reads `until`."""
+        with self._lock:
+            is_news = until > self._told_until + _SAME
+            if is_news:
+                self._told_until = until
+        return is_news
+
+    def enlist(self) -> Future[None]:
+        """Return a future that is resolved as soon as there is something new for this waiter.
+
+        Each place that becomes free calls one waiter, the one that has waited longest; every
+        greater change calls all. To be called is not to be let through: ask again, and enlist
+        again if refused. Wait no longer than `recheck_time()`. Who was not called, or was but does
+        not ask again, must `leave`.
+        """
+        waiter: Future[None] = Future()
+        with self._lock:
+            if self._wait(self._clock()) == 0:
+                waiter.set_result(None)
+            else:
+                self._notifier.enlist(waiter)
+        return waiter
+
+    def leave(self, waiter: Future[None]) -> None:
+        """Stop waiting. If `waiter` was called, a place that is free now goes to the next."""
+        with self._lock:
+            if not self._notifier.leave(waiter) and self._wait(self._clock()) == 0:
+                self._notifier.call(1)
+        self._notifier.send()

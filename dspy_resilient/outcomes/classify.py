@@ -1,0 +1,213 @@
+"""What an error says about the provider, and about what may be tried next.
+
+`classify` is the one place that judges an error, once per attempt. It goes by the class names,
+statuses and attributes of the whole chain of causes, and judges LiteLLM's own exceptions and
+DSPy's translations of them alike. Message text counts only where it says that an account is
+empty. This module decides nothing about waiting, counting or state.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dspy_resilient.errors import DeadlineExceededError, ResilienceError
+from dspy_resilient.outcomes.breaks import is_break
+from dspy_resilient.outcomes.causes import Causes
+from dspy_resilient.outcomes.outcome import Kind, Outcome, Verdict
+from dspy_resilient.outcomes.retry_after import WallClock, hint_of, retry_after
+
+__all__ = ["Kind", "Verdict", "classify", "empty_answer", "redacted", "retry_after"]
+
+
+_AGAIN = frozenset({Kind.FAILURE, Kind.TIMEOUT, Kind.THROTTLED})
+_ELSEWHERE = _AGAIN | {Kind.BILLING, Kind.AUTH, Kind.REJECTED, Kind.BROKEN}
+_SPECIAL = frozenset({Kind.CONTEXT, Kind.POLICY})
+
+# Which class names decide, most telling first. These are certain whatever the status:
+_CERTAIN = (
+    (Kind.LOCAL, {"BudgetExceededError"}),  # LiteLLM's own budget, set by the user
+    (Kind.LOCAL, {"LMConfigurationError", "LMCollectionLimitError", "LMLockTimeoutError"}),
+    (Kind.CONTEXT, {"ContextWindowExceededError", "ContextLengthError"}),
+    (Kind.POLICY, {"ContentPolicyViolationError"}),
+    (Kind.BILLING, {"LMBillingError", "BillingError", "PaymentRequiredError"}),
+)
+# These decide where no HTTP status has come over the wire:
+_TELLING = (
+    (Kind.AUTH, {"LMAuthError", "AuthError", "AuthenticationError", "PermissionDeniedError"}),
+    (Kind.THROTTLED, {"LMRateLimitError", "RateLimitError"}),
+    (Kind.TIMEOUT, {"TimeoutError", "TimeoutException", "Timeout", "APITimeoutError"}),
+    (Kind.TIMEOUT, {"LMTimeoutError", "ReadTimeout", "WriteTimeout", "ConnectTimeout"}),
+    (Kind.TIMEOUT, {"DeadlineExceededError"}),
+    (Kind.FAILURE, {"NetworkError", "ConnectError", "ReadError", "WriteError", "ProxyError"}),
+    (Kind.FAILURE, {"ConnectionError", "ClientConnectionError", "gaierror", "SSLError"}),
+    (Kind.FAILURE, {"ProtocolError", "ClientPayloadError", "StreamAssemblyError"}),
+    (Kind.FAILURE, {"LMStreamAssemblyError", "APIResponseValidationError"}),
+    # AnyIO's words for a consumer that has left (beneath a transport error, for a socket):
+    (Kind.CANCELLED, {"BrokenResourceError", "ClosedResourceError", "EndOfStream"}),
+    (Kind.CANCELLED, {"CancelledError"}),
+    (Kind.LOCAL, {"ImportError", "UnsupportedProtocol", "InvalidURL"}),
+)
+# And these where nothing else is known:
+_VAGUE = (
+    (Kind.REQUEST, {"LMInvalidRequestError", "LMUnsupportedFeatureError"}),
+    (Kind.FAILURE, {"LMProviderError", "LMTransportError"}),
+)
+_UNREADABLE = {"JSONDecodeError", "UnicodeDecodeError"}
+_UNEXPECTED = {"ValueError", "LookupError", "TypeError", "AttributeError"}
+
+_POLICY_CODES = {"content_policy_violation", "content_filter"}
+_BILLING_STATUSES = (400, 403, 429)  # that may also say it; a 402 says nothing else
+_BILLING_CODES = (
+    "insufficient_quota",
+    "billing_hard_limit_reached",
+    "billing_not_active",
+    "billing_error",
+    "exceeded_current_quota_error",
+    "credit balance is too low",  # all that Anthropic says, in a 400
+)
+
+_LONG_ENOUGH = 10.0
+
+
+def classify(
+    error: BaseException,
+    *,
+    seconds: float = 0.0,
+    timeout: float | None = None,
+    handed_off: bool | None = None,
+    wall: WallClock = time.time,  # noqa: TID251  # a Retry-After date is wall-clock time
+) -> Verdict:
+    """Judge how an attempt ended that raised `error`; never raises.
+
+    Call it where the error was caught: what the callers up the stack were already handling is
+    not taken for a cause.
+
+    Args:
+        error: What the attempt raised, in DSPy's or in LiteLLM's words.
+        seconds: How long the attempt ran.
+        timeout: The client's own timeout in seconds, or None. A timeout is the provider's failure
+            if the attempt ran that long, or 10 s; else the caller was merely impatient.
+        handed_off: Whether the request was handed to a provider; None if nobody knows. What was
+            not is never a provider's fault, whatever status LiteLLM gives it.
+        wall: The wall clock that dates are compared with, in seconds since 1970.
+    """
+    if not isinstance(error, Exception):
+        return _verdict(Kind.CANCELLED)
+    if isinstance(error, ResilienceError) and not isinstance(error, DeadlineExceededError):
+        return _verdict(Kind.REJECTED, hint=error.retry_after)
+    causes = Causes(error)
+    if causes.wire_status is None and is_break(causes.chain):
+        return _verdict(Kind.BROKEN)
+    kind = Kind.LOCAL if handed_off is False else _kind(causes, handed_off=bool(handed_off))
+    patience = min(_LONG_ENOUGH, math.inf if timeout is None else timeout)
+    failed = kind is Kind.FAILURE or (kind is Kind.TIMEOUT and seconds >= patience)
+    return _verdict(
+        kind,
+        Outcome.FAILURE if failed else Outcome.NEUTRAL,
+        hint=hint_of(causes, wall),
+        retry="LMLockTimeoutError" in causes.names,  # a lock file here, about to be released
+    )
+
+
+def _verdict(
+    kind: Kind,
+    outcome: Outcome = Outcome.NEUTRAL,
+    *,
+    hint: float | None = None,
+    retry: bool = False,
+) -> Verdict:
+    return Verdict(
+        kind,
+        outcome,
+        retry=retry or kind in _AGAIN,
+        next_target=kind in _ELSEWHERE,
+        special=kind in _SPECIAL,
+        retry_after=hint,
+    )
+
+
+def _kind(causes: Causes, *, handed_off: bool) -> Kind:
+    kind = _named(_CERTAIN, causes)
+    if kind is not None:
+        return kind
+    if not _POLICY_CODES.isdisjoint(causes.codes()):
+        return Kind.POLICY
+    if causes.status in _BILLING_STATUSES and causes.mentions(_BILLING_CODES):
+        return Kind.BILLING
+    if causes.wire_status is not None:
+        return _by_status(causes.wire_status)
+    return _without_wire(causes, handed_off=handed_off)
+
+
+def _without_wire(causes: Causes, *, handed_off: bool) -> Kind:
+    if causes.sdk_refused:
+        return Kind.LOCAL
+    if causes.status == 504:  # noqa: PLR2004  # a gateway's timeout is a 5xx, not the client's
+        return Kind.FAILURE
+    kind = _named(_TELLING, causes)
+    if kind is None and _is_unreadable_answer(causes, handed_off=handed_off):
+        kind = Kind.FAILURE
+    if kind is None and causes.status is not None:
+        kind = _by_status(causes.status)
+    if kind is None:
+        kind = _named(_VAGUE, causes)
+    return kind or (Kind.FAILURE if handed_off else Kind.LOCAL)
+
+
+def _is_unreadable_answer(causes: Causes, *, handed_off: bool) -> bool:
+    """Whether an answer came that LiteLLM could not read; of Gemini's it makes a 422."""
+    if len(causes.chain) == 1:
+        return False  # nobody took it for an answer
+    if not _UNREADABLE.isdisjoint(causes.names):
+        return handed_off or causes.status != 400  # noqa: PLR2004  # our own tool call, misspelt
+    return handed_off and causes.status == 422 and not _UNEXPECTED.isdisjoint(causes.names)  # noqa: PLR2004
+
+
+def _named(rules: Iterable[tuple[Kind, set[str]]], causes: Causes) -> Kind | None:
+    return next((kind for kind, names in rules if not names.isdisjoint(causes.names)), None)
+
+
+def _by_status(status: int) -> Kind:
+    match status:
+        case 401 | 403:
+            return Kind.AUTH
+        case 402:
+            return Kind.BILLING
+        case 408:
+            return Kind.TIMEOUT
+        case 429:
+            return Kind.THROTTLED
+        case _:
+            return Kind.REQUEST if 400 <= status < 500 else Kind.FAILURE  # noqa: PLR2004
+
+
+_CODE = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9_.-]{1,64}")
+
+
+def redacted(error: BaseException) -> str:
+    """Return class, status and provider code of `error`, and nothing that a prompt could fill."""
+    causes = Causes(error)
+    codes = (code for code in causes.codes() if _CODE.fullmatch(code))
+    parts = (type(error).__name__, causes.status, next(codes, None))
+    return " ".join(str(part) for part in parts if part is not None)
+
+
+def empty_answer(response: Any) -> bool:
+    """Whether `response` (outputs, or a provider's response) holds no choice at all.
+
+    An empty text is a choice. What has no notion of choices is not empty.
+    """
+    if isinstance(response, (list, tuple)):
+        return not response
+    for name in ("choices", "outputs", "output"):
+        if isinstance(response, Mapping):
+            held = response.get(name)
+        else:
+            held = getattr(response, name, None)
+        if isinstance(held, (list, tuple)):
+            return not held
+    return False

@@ -1,0 +1,238 @@
+"""What has to be passed before an attempt may be sent: gate, limits, circuit, in this order.
+
+What waits comes first, so that no permit waits. Nothing is sent here, and what comes of a
+refusal is decided in `call.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, TypeVar
+
+from dspy_resilient.circuit import CircuitBreaker
+from dspy_resilient.errors import (
+    DeadlineExceededError,
+    LimitExceededError,
+    ResilienceError,
+    ThrottledError,
+)
+from dspy_resilient.events import CallQueued, CallRejected
+from dspy_resilient.pipeline.in_flight import end_stranded
+from dspy_resilient.pipeline.state import Wait
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dspy_resilient.limits import GatePass, Limiter, Slot, ThrottleGate
+    from dspy_resilient.pipeline.attempt import Attempt
+    from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.pipeline.state import Call, Steps, Turn
+    from dspy_resilient.targets.route import Admission, Route
+    from dspy_resilient.targets.target import Target
+
+R = TypeVar("R", bound=ResilienceError)
+
+
+def clear_the_way(call: Call, client: ClientState, turn: Turn, route: Route) -> Steps[Attempt]:
+    """Gate, then limits, then circuit: what waits comes first, so that no permit waits."""
+    target = turn.target
+    check_deadline(call, client)  # a wait may have taken longer than it was to
+    client.in_flight.check()
+    end_stranded()  # what they hold may be what this call needs
+    refusal = target.routes.supervisor.refusal()
+    if refusal is not None:
+        raise rejected(client, route, refusal)
+    lease = target.timeout(call) or 0.0
+    while True:
+        passage = yield from _pass_gate(call, client, route, lease)
+        slot = yield from _take_slot(call, client, target, route, passage)
+        admission: Admission | None = None
+        try:
+            if passage.is_current:
+                admission = yield from _admit(call, client, turn, route)
+                turn.early = False
+                if admission is not None and passage.is_current:
+                    return client.attempt(target, call, route, admission, passage, slot)
+        except BaseException:
+            _release(passage, slot, admission)
+            raise
+        _release(passage, slot, admission)
+        if passage.is_current:  # else the gate has closed meanwhile
+            raise rejected(client, route, route.rejection())
+
+
+def _admit(call: Call, client: ClientState, turn: Turn, route: Route) -> Steps[Admission | None]:
+    """Ask the circuit; what is shared, and known from too long ago, first asks the store."""
+    lease, early = turn.target.timeout(call) or 0.0, turn.early
+    if not route.links:
+        return route.admit(lease, early=early)
+    consulting = (
+        nullcontext() if route.shared is None else route.shared.consulting(lease, early=early)
+    )
+    with consulting as news_of_circuit:
+        questions = [(link, link.question()) for link in route.links]
+        for link, news in (*questions, (route.shared, news_of_circuit)):
+            if link is not None and news is not None:  # all are under way: it is one wait
+                patience = min(link.patience_left(), call.left(client.clock()))
+                if not (yield Wait(news, patience)):
+                    check_deadline(call, client)
+                    link.go_alone()
+        return route.admit(lease, early=early)
+
+
+def _pass_gate(call: Call, client: ClientState, route: Route, lease: float) -> Steps[GatePass]:
+    """Wait until the provider's last 429 is over."""
+    gate = route.gate
+    while (passage := gate.admit(lease)) is None:
+        wait, now = gate.wait_time(), client.clock()
+        if is_hopeless(client, gate) or (math.isfinite(wait) and wait >= call.left(now)):
+            pause = gate.hint or (wait if math.isfinite(wait) else None)
+            error = ThrottledError(
+                f"client {client.name!r}: {route.label} asked for a pause"
+                + (f" of {pause:.1f} s" if pause is not None else "")
+                + ", which is longer than this call may wait",
+                client=client.name,
+                retry_after=pause,
+            )
+            raise rejected(client, route, error)
+        yield from _line_up(client, gate, route.label, call.left(now))
+        check_deadline(call, client)
+    return passage
+
+
+def is_hopeless(client: ClientState, gate: ThrottleGate) -> bool:
+    """Whether the pause asked for, or the time without a single answer, is beyond patience."""
+    most = client.retry.max_retry_after
+    return (gate.hint or 0.0) > most or gate.unbroken > most
+
+
+def _take_slot(
+    call: Call, client: ClientState, target: Target, route: Route, passage: GatePass
+) -> Steps[Slot | None]:
+    """Queue for a place among the target's concurrent attempts and for its rate budget."""
+    slot: Slot | None = None
+    try:
+        while (limiter := route.limiter) is not None:
+            tokens = 0 if limiter.policy.tpm is None else target.estimate(call)
+            slot = limiter.enter(tokens, call.left(client.clock()))
+            if not slot.granted and limiter.patience > 0:
+                yield from _ask_others(call, client, route, limiter, slot)
+            if not slot.granted:
+                yield from _queue(call, client, route, limiter, slot)
+            if slot.granted:
+                break
+            slot.leave(sent=False)  # the client was restarted: queue anew
+    except BaseException as error:
+        _release(passage, slot)
+        if isinstance(error, LimitExceededError):
+            raise rejected(client, route, error) from None
+        raise
+    return slot
+
+
+def _ask_others(
+    call: Call, client: ClientState, route: Route, limiter: Limiter, slot: Slot
+) -> Steps[None]:
+    """Wait to hear whether others who use the same rates leave any: that is no queue yet."""
+    route.look_ahead()
+    wait = min(slot.wait_time(), limiter.patience, call.left(client.clock()))
+    yield Wait(slot.future, wait)
+    slot.poll()
+    check_deadline(call, client)
+
+
+def _queue(
+    call: Call, client: ClientState, route: Route, limiter: Limiter, slot: Slot
+) -> Steps[None]:
+    """Wait for the turn of `slot`, or for a restart of the client; say so if it takes long."""
+    since = client.clock()
+    client.tally.add("queued")
+    if client.is_heard:
+        ahead = max(0, limiter.queued - 1)
+        client.emit(CallQueued, route.label, ahead=ahead, in_use=limiter.in_use)
+    try:
+        while not slot.granted and limiter is route.limiter:
+            now, wait = client.clock(), slot.wait_time()
+            silence = client.long_wait - (now - since)
+            if silence > 0:
+                wait = min(wait, silence)
+            elif limiter.is_news():
+                client.announce_wait("limits", route.label, wait)
+            yield Wait(slot.future, min(wait, call.left(now)))
+            slot.poll()
+            check_deadline(call, client)
+    finally:
+        client.tally.add("queue_seconds", client.clock() - since)
+
+
+def _release(passage: GatePass, slot: Slot | None, admission: Admission | None = None) -> None:
+    if slot is not None:
+        slot.leave(sent=False)
+    passage.release()
+    if admission is not None:
+        admission.withdraw()
+
+
+def outwait(call: Call, client: ClientState, blocked: list[Route]) -> Steps[bool]:
+    """Wait until the first of the open circuits may be asked again; False if it takes too long.
+
+    One that was forced open without end is not waited for: only somebody's hand can close it.
+    """
+    blocked = [route for route in blocked if math.isfinite(route.blocker().recheck_time())]
+    if not blocked:
+        return False
+    route = blocked[0] if len(blocked) == 1 else min(blocked, key=lambda each: each.wait_time())
+    now, circuit = client.clock(), route.blocker()
+    if not call.has_patience(now, circuit.wait_time()):
+        return False
+    assert call.patience is not None  # has_patience has set it
+    most = min(call.patience - now, call.left(now))
+    yield from _line_up(client, circuit, route.label, most)
+    return True
+
+
+def _line_up(
+    client: ClientState, queue: CircuitBreaker | ThrottleGate, target: str, most: float
+) -> Steps[None]:
+    """Wait until it makes sense to ask again, at most `most` seconds; say so if it takes long."""
+    with _enlisted(queue) as waiter:
+        wait = min(queue.recheck_time(), most)
+        if wait > client.long_wait and math.isinf(queue.wait_time()):
+            yield Wait(waiter, client.long_wait)  # those who were let in may report any moment
+            wait -= client.long_wait
+        if wait > client.long_wait and not waiter.done() and queue.is_news(client.clock() + wait):
+            reason = "circuit" if isinstance(queue, CircuitBreaker) else "throttled"
+            client.announce_wait(reason, target, wait)
+        yield Wait(waiter, wait)
+
+
+@contextmanager
+def _enlisted(queue: CircuitBreaker | ThrottleGate) -> Iterator[Future[None]]:
+    waiter = queue.enlist()
+    try:
+        yield waiter
+    finally:
+        queue.leave(waiter)
+
+
+def rejected(client: ClientState, target: Route, error: R) -> R:
+    client.tally.add(f"refused:{error.default_code}")
+    if client.is_heard:
+        client.emit(
+            CallRejected, target.label, reason=error.default_code, retry_after=error.retry_after
+        )
+    return error
+
+
+def check_deadline(call: Call, client: ClientState) -> None:
+    if call.left(client.clock()) <= 0:
+        raise deadline_passed(call, client)
+
+
+def deadline_passed(call: Call, client: ClientState) -> DeadlineExceededError:
+    return DeadlineExceededError(
+        f"client {client.name!r}: no answer within the deadline of {call.budget:g} s",
+        client=client.name,
+    )

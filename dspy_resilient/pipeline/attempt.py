@@ -1,0 +1,327 @@
+"""One request: it runs DSPy's own call method on a plain twin of the target.
+
+An attempt sees what comes of it, and settles permit, gate and slot exactly once, whoever hears of
+the end first: LiteLLM's callback, the caller's own return, or a thread whose caller has given up.
+Whether there is another one is decided in `call.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import threading
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import dspy
+
+from dspy_resilient import providers
+from dspy_resilient.cache import Answer
+from dspy_resilient.errors import DeadlineExceededError
+from dspy_resilient.outcomes import Kind, Outcome, classify
+from dspy_resilient.pipeline.stream import WatchedStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dspy_resilient.limits import GatePass, Slot
+    from dspy_resilient.outcomes import Verdict
+    from dspy_resilient.pipeline.state import Call
+    from dspy_resilient.targets.route import Admission, Route
+    from dspy_resilient.targets.target import Target
+
+try:  # what an adapter of DSPy 3.4 sets to say that a messages= call is its own
+    from dspy.clients._deprecation import _adapter_call, adapter_message_call
+except ImportError:  # DSPy 3.5 has no such calls any more
+    _adapter_call = adapter_message_call = None
+
+_ASYNC = {"__call__": "acall", "generate": "agenerate"}
+_NOTHING = contextlib.nullcontext()
+
+
+class _Sending:
+    """Marks a context as inside an attempt, until that has ended.
+
+    Not the attempt itself: connections and timers keep copies of the context they were made in.
+    """
+
+    __slots__ = ("ended",)
+
+    def __init__(self) -> None:
+        self.ended = False
+
+
+_sending: ContextVar[_Sending | None] = ContextVar("dspy_resilient_sending", default=None)
+
+
+def is_sending() -> bool:
+    """Whether the caller runs inside an attempt of ours, and so may not wait for a flight."""
+    mark = _sending.get()
+    return mark is not None and not mark.ended  # Ctrl-C may strike before the mark is taken back
+
+
+def called_by_adapter(lm: object, messages: object) -> bool:
+    """Whether one of DSPy's adapters has marked this very call as its own."""
+    mark = _adapter_call.get() if _adapter_call is not None else None
+    return mark is not None and mark[0] is lm and mark[1] is messages
+
+
+def _marked_as_adapters(twin: object, messages: object) -> contextlib.AbstractContextManager[None]:
+    """Pass on to the twin the mark that makes a messages= call an adapter's, and so no warning."""
+    if adapter_message_call is None or messages is None:
+        return _NOTHING
+    mark: contextlib.AbstractContextManager[None] = adapter_message_call(twin, messages)
+    return mark
+
+
+class Attempt:
+    """One request to one target.
+
+    Attributes:
+        target: Where it goes.
+        route: The way it takes there.
+        call: Which call it belongs to.
+        limit: Seconds it may take (what is left until the deadline), or inf.
+        emitted: Whether a chunk has reached the consumer of a stream.
+        seconds: How long it took, once it has ended.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        call: Call,
+        route: Route,
+        admission: Admission,
+        passage: GatePass,
+        slot: Slot | None,
+    ) -> None:
+        self.target = target
+        self.route = route
+        self.call = call
+        self.seconds = 0.0
+        self._admission = admission
+        self._passage = passage
+        self._slot = slot
+        self._clock = target.runtime.clock
+        self._started = target.runtime.begin("attempts")
+        self.limit = call.left(self._started)
+        self._stream: WatchedStream | None = None
+        self._record: dict[str, Any] | None = None
+        self._mark = _Sending()
+        self._verdict: Verdict | None = None
+        self._reported = False
+        self._left_behind = False
+        self._discard = False
+        self._settling = threading.Lock()
+
+    @property
+    def label(self) -> str:
+        """Return the route's label."""
+        return self.route.label
+
+    @property
+    def probe(self) -> bool:
+        """Whether it is the probe of a half-open circuit."""
+        return self._admission.probe
+
+    @property
+    def emitted(self) -> bool:
+        """Whether a chunk has reached the consumer."""
+        return self._stream is not None and self._stream.emitted
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return DSPy's history entry of the answer, empty before there is one."""
+        return self._record or {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether the end of the answer was seen, if it was streamed."""
+        return self._stream is None or self._stream.whole
+
+    def run(self) -> Answer:
+        """Send the request on this thread and return the answer."""
+        method, args, kwargs = self._prepare(self.call.method)
+        with self._scope(args, kwargs) as twin:
+            return self._answer(method(twin, *args, **kwargs))
+
+    async def arun(self) -> Answer:
+        """Send the request on the running loop and return the answer.
+
+        A sync call comes here too, where it streams under a deadline: its loop is its consumer's.
+        """
+        name = self.call.method
+        method, args, kwargs = self._prepare(_ASYNC.get(name, name))
+        with self._scope(args, kwargs) as twin:
+            return self._answer(await method(twin, *args, **kwargs))
+
+    def _prepare(self, name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        method = getattr(self.target.kind, name)
+        args, kwargs = self.target.args(self.call), dict(self.target.kwargs(self.call))
+        return getattr(method, "__wrapped__", method), args, kwargs
+
+    @contextlib.contextmanager
+    def _scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+        """Set up what DSPy and LiteLLM are to see during the attempt, and nothing beyond it."""
+        lm = self.target.lm
+        keywords = {"model": lm.model, **lm.kwargs, **kwargs}
+        token = _sending.set(self._mark)
+        try:
+            connections = self.target.runtime.connections
+            by_keywords = self._by_keywords(args)
+            with providers.watch(self._witness, by_keywords, keywords, connections) as tags:
+                twin: Any = self._twin(tags)
+                try:
+                    marked = _marked_as_adapters(twin, kwargs.get("messages"))
+                    with self._traced(), self._settings(), marked:
+                        yield twin
+                finally:
+                    del twin.update_history  # it holds the twin and the attempt in a cycle
+        finally:
+            with contextlib.suppress(ValueError):  # the collector ends it in another context
+                _sending.reset(token)
+
+    def _by_keywords(self, args: tuple[Any, ...]) -> bool:
+        """Whether LiteLLM sees the keywords of this attempt: not through another engine."""
+        typed = bool(args) and isinstance(args[0], dspy.lm15.Request)
+        return getattr(self.target.lm, "engine", None) == "litellm" and not typed
+
+    def _twin(self, tags: dict[str, Any]) -> Any:
+        """Return a plain copy of the target for one request: no cache, no retries, no callbacks."""
+        lm = self.target.lm
+        twin: Any = object.__new__(self.target.kind)
+        twin.__dict__.update(lm.__dict__)
+        twin.cache = False
+        twin.num_retries = 0
+        twin.callbacks = []
+        twin.history = self.target.history
+        twin.update_history = functools.partial(self._take_record, twin)
+        if tags:
+            twin.kwargs = {**lm.kwargs, **tags}
+        return twin
+
+    def _traced(self) -> contextlib.AbstractContextManager[None]:
+        tracer = self.target.runtime.tracer
+        return _NOTHING if tracer is None else tracer.attempt(self)
+
+    def _settings(self) -> contextlib.AbstractContextManager[None]:
+        settings: dict[str, Any] = {}
+        if self.call.streams:
+            self._stream = settings["send_stream"] = WatchedStream(dspy.settings.send_stream)
+        if dspy.settings.disable_history:
+            settings["disable_history"] = False  # the entry tells whether the answer is complete
+            self._discard = True
+        return dspy.context(**settings) if settings else _NOTHING
+
+    def _take_record(self, twin: Any, entry: dict[str, Any]) -> None:
+        """Receive DSPy's history entry, complete it, and pass it on to DSPy."""
+        self._record = entry
+        if self._discard or (self._stream is not None and self._stream.flaw):
+            return
+        entry["kwargs"] = self.call.recorded()
+        entry["attempts"] = self.call.attempts
+        kind: Any = self.target.kind
+        kind.update_history(twin, entry)
+
+    def _answer(self, outputs: Any) -> Answer:
+        if isinstance(outputs, list) and not outputs:
+            raise dspy.LMServerError(
+                "the provider answered without a single choice", model=self.target.lm.model
+            )
+        if self._stream is not None and (flaw := self._stream.flaw):
+            raise dspy.LMStreamAssemblyError(flaw, model=self.target.lm.model)
+        return Answer.of(outputs, self._record, target=self.route.label, stored_at=self._clock())
+
+    def succeed(self) -> None:
+        """Report the answer to circuit, gate and limits."""
+        self._mark.ended = True
+        self.seconds = self._clock() - self._started
+        self._admission.answered()
+        self._passage.answered()
+        if self._slot is not None:
+            self._slot.leave(tokens=_tokens(self.record), slow=self.route.is_slow(self.seconds))
+
+    def settle(self, error: BaseException) -> Verdict:
+        """Return the verdict on `error`, reporting it the first time; later calls change nothing.
+
+        What a stream's consumer has seen is not said again by anybody.
+        """
+        self._mark.ended = True
+        verdict = self._settle(error, None)
+        if self.emitted:
+            return dataclasses.replace(verdict, retry=False, next_target=False, special=False)
+        return verdict
+
+    def _witness(self, evidence: providers.CallbackEvent) -> None:
+        """Hear of a failure from LiteLLM, before the caller does."""
+        if evidence.error is not None:
+            self._settle(evidence.error, evidence.handed_off)
+
+    def _settle(self, error: BaseException, handed_off: bool | None) -> Verdict:
+        with self._settling:
+            if self._verdict is None:
+                self.seconds = self._clock() - self._started
+                self._verdict = self._judge(error, handed_off)
+        verdict = self._verdict
+        if not self._reported and (not self._left_behind or verdict.outcome == Outcome.FAILURE):
+            self._report(verdict, error)
+            self._reported = True
+        return verdict
+
+    def _judge(self, error: BaseException, handed_off: bool | None = None) -> Verdict:
+        return classify(
+            error,
+            seconds=self.seconds,
+            timeout=self.target.own_timeout,
+            handed_off=handed_off,
+        )
+
+    def _report(self, verdict: Verdict, error: BaseException) -> None:
+        self._admission.failed(verdict, error)
+        throttled = verdict.kind is Kind.THROTTLED
+        if throttled or (verdict.kind is Kind.FAILURE and verdict.retry_after is not None):
+            self._passage.throttled(verdict.retry_after)
+        else:
+            self._passage.release()
+        if self._slot is not None:
+            self._slot.leave(tokens=0 if throttled else None, throttled=throttled, ok=False)
+
+    def leave_behind(self) -> DeadlineExceededError:
+        """Return the error for a caller who gives up while the request goes on.
+
+        Permit, gate and slot stay taken until the request has ended, unless it has run long
+        enough to count as a failure already.
+        """
+        self._left_behind = True
+        return self.out_of_time()
+
+    def arrive_late(self, answer: Answer) -> None:
+        """Report an answer whose caller has given up, and keep it for the next one."""
+        self.succeed()
+        runtime = self.target.runtime
+        runtime.store(self.target.key(self.call), answer, whole=self.whole)
+        if answer.key:
+            runtime.cache.save(answer)
+            if runtime.cache.others is not None:
+                runtime.cache.others.keep(answer)
+
+    def fail_late(self, error: BaseException) -> None:
+        """Report a failure whose caller has given up."""
+        self.seconds = self._clock() - self._started
+        self._report(self._judge(error), error)
+
+    def out_of_time(self) -> DeadlineExceededError:
+        """Return the error of an attempt that was under way when the deadline passed."""
+        name = self.target.runtime.name
+        return DeadlineExceededError(
+            f"client {name!r}: no answer within the deadline of {self.call.budget:g} s; "
+            f"{self.route.label} was still being waited for",
+            client=name,
+        )
+
+
+def _tokens(record: dict[str, Any]) -> int | None:
+    total = (record.get("usage") or {}).get("total_tokens")
+    return total if isinstance(total, int) and math.isfinite(total) else None

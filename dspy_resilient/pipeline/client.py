@@ -1,0 +1,354 @@
+"""What the copies of one `ResilientLM` share: cache, flights, routes, events and numbers.
+
+A rollout, a `copy()` and a `deepcopy()` are the same client and so share one `ClientState`; a new
+`ResilientLM` has one of its own and shares nothing. Pickling keeps the policies only: what comes
+back is an empty runtime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+import uuid
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dspy_resilient import providers
+from dspy_resilient._support.worker import Worker
+from dspy_resilient.cache import Flights, ResponseCache, tenant_of, usable
+from dspy_resilient.circuit import CircuitBreaker, EarlyProbes
+from dspy_resilient.errors import ClientClosedError
+from dspy_resilient.events import ClientRestarted, Event, Hub, WaitStarted, logger, printable
+from dspy_resilient.limits import Limiter, RetryBudget, ThrottleGate
+from dspy_resilient.pipeline.attempt import Attempt
+from dspy_resilient.pipeline.in_flight import InFlight
+from dspy_resilient.stats import LastMinute, Stats, Tally
+from dspy_resilient.stats.latency import duration
+from dspy_resilient.targets.route import Routes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from dspy_resilient.cache import Answer
+    from dspy_resilient.limits import GatePass, Slot
+    from dspy_resilient.lm.options import Options
+    from dspy_resilient.pipeline.state import Call
+    from dspy_resilient.shared import SharedState
+    from dspy_resilient.targets.route import Admission, Route
+    from dspy_resilient.targets.target import Target
+
+
+class Tracer(Protocol):
+    """Whoever follows calls while they happen, on the thread or task on which they do."""
+
+    def call(self, call: Call) -> AbstractContextManager[None]:
+        """Return what surrounds one call."""
+        ...
+
+    def attempt(self, attempt: Attempt) -> AbstractContextManager[None]:
+        """Return what surrounds one request."""
+        ...
+
+    def note(self, event: Event) -> None:
+        """Hear of an event within the call that met it; must not raise."""
+        ...
+
+
+class ClientState:
+    """The shared part of a client; safe for threads and event loops."""
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        folder: Callable[[], str | None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.options = options
+        self.name = options.name
+        self.retry = options.retry
+        self.limits = options.limits
+        self.tenant = options.cache.tenant
+        self.clock = clock
+        self.random = random.random
+        self.closed = False
+        self.long_wait = 3.0
+        self.warned = False
+        self.lost: set[str] = set()
+        self.hub = Hub(options.on_event)
+        self.trace(None)
+        self.early_probes = EarlyProbes(clock)
+        self.tally = Tally()
+        self._made_at = clock()
+        self._minute = LastMinute()
+        self._zero: Stats | None = None
+        self.connections = providers.Connections()
+        self.in_flight = InFlight(options.name)
+        self.flights = self._new_flights()
+        self.worker = Worker()
+        self.shared_state = self._join_fleet()
+        self.cache = self._new_cache(folder)
+        shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
+        self.circuit_policy = shared.policy if shared is not None else options.circuit
+        self.routes = Routes(self, shared)
+        self.fallback_routes = Routes(self)
+
+    def _join_fleet(self) -> SharedState | None:
+        if self.options.shared is None:
+            return None
+        from dspy_resilient.shared import SharedState  # noqa: PLC0415  # only for those who share
+
+        return SharedState(self.options.shared, self.name, clock=self.clock, emit=self.emit)
+
+    def _new_cache(self, folder: Callable[[], str | None] | None) -> ResponseCache:
+        policy = self.options.cache
+        others = (
+            self.shared_state.answers(policy.kept)
+            if self.shared_state is not None and policy.shared
+            else None
+        )
+        return ResponseCache(policy, clock=self.clock, folder=folder, others=others)
+
+    def ready(self) -> bool:
+        """Whether the next attempt can be sent at once."""
+        return providers.loaded()
+
+    def new_circuit(
+        self, label: str, way: tuple[str, str, str] | None = None, **changes: Any
+    ) -> CircuitBreaker:
+        """Return a circuit of this client's policy for the place called `label`.
+
+        Args:
+            label: For people.
+            way: The way to the provider, if the circuit is to be shared where anything is.
+            **changes: To the policy.
+        """
+        given = self.circuit_policy
+        assert given is not None  # or nobody asks
+        policy = dataclasses.replace(given, **changes)
+        facts: dict[str, Any] = {
+            "name": f"{self.name}: {label}",
+            "target": label,
+            "clock": self.clock,
+            "random": self.random,
+            "listener": self.hub.emit,
+            "client": self.name,
+        }
+        if self.shared_state is None or way is None:
+            return CircuitBreaker(policy, **facts)
+        return self.shared_state.circuit(way, policy, **facts)
+
+    def new_gate(self, label: str, way: tuple[str, str, str], api_key: Any) -> ThrottleGate:
+        """Return an open throttle gate for `api_key` on `way`, shared where anything is."""
+        facts: dict[str, Any] = {
+            "max_retry_after": self.retry.max_retry_after,
+            "clock": self.clock,
+            "random": self.random,
+            "listener": self.hub.emit,
+            "client": self.name,
+            "target": label,
+        }
+        if self.shared_state is None:
+            return ThrottleGate(**facts)
+        return self.shared_state.gate(way, _credential(api_key), **facts)
+
+    def new_budget(self, way: tuple[str, str, str]) -> RetryBudget:
+        """Return a full retry budget for `way`, shared where anything is."""
+        tokens = self.retry.budget
+        return (
+            RetryBudget(tokens)
+            if self.shared_state is None
+            else self.shared_state.budget(way, tokens)
+        )
+
+    def attempt(
+        self,
+        target: Target,
+        call: Call,
+        route: Route,
+        admission: Admission,
+        passage: GatePass,
+        slot: Slot | None,
+    ) -> Attempt:
+        """Return one attempt, ready to be sent."""
+        return Attempt(target, call, route, admission, passage, slot)
+
+    def begin(self, what: str) -> float:
+        """Count a call or an attempt that begins, and return the clock's reading."""
+        now = self.clock()
+        if now >= self._minute.due:
+            self._minute.mark(now, self.totals)
+        self.tally.add(what)
+        return now
+
+    def announce_wait(self, reason: str, target: str, seconds: float) -> None:
+        """Say that calls are held up, and until when unless `seconds` is inf."""
+        known, ends = None, None
+        if math.isfinite(seconds):
+            known = seconds
+            ends = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))  # noqa: TID251  # people read it
+        self.emit(WaitStarted, target, reason=reason, seconds=known, ends=ends)
+
+    def new_limiter(self, label: str, way: tuple[str, str, str], api_key: Any) -> Limiter | None:
+        """Return an empty limiter, or None without limits; its rates are shared where anything is."""
+        policy = self.limits
+        if policy is None:
+            return None
+        has_rates = policy.rpm is not None or policy.tpm is not None
+        rates = None
+        if self.shared_state is not None and has_rates:
+            rates = self.shared_state.rates(way, _credential(api_key), policy)
+        return Limiter(policy, clock=self.clock, client=self.name, target=label, rates=rates)
+
+    def _new_flights(self) -> Flights:
+        return Flights(clock=self.clock, max_age=self.options.cache.coalesce_max_age)
+
+    def emit(self, kind: type[Event], target: str | None = None, **facts: Any) -> None:
+        """Tell the listener and the log that something happened."""
+        wanted = self.hub.wants(kind)
+        if wanted or self.tracer is not None:
+            event = kind(client=self.name, at=self.clock(), target=target, **facts)
+            if self.tracer is not None:
+                self.tracer.note(event)
+            if wanted:
+                self.hub.emit(event)
+
+    def backoff(self, failures: int) -> float:
+        """Return the wait after the given number of earlier failures: full jitter."""
+        longest: float = min(self.retry.cap, self.retry.base * 2.0 ** min(failures, 1000))
+        return self.random() * longest
+
+    def store(self, key: str | None, answer: Answer, *, whole: bool = True) -> None:
+        """Keep `answer` in memory if it may be stored; `whole` if its end was seen."""
+        if key is None:
+            return
+        store_if = self.options.cache.store_if
+        if store_if is None:
+            reason = usable(answer) if whole else "partial"
+        else:
+            reason = None if self._ask(store_if, answer) else "store_if"
+        if reason is None:
+            self.cache.keep(key, answer)
+        else:
+            self.tally.add(f"skipped:{reason}")
+
+    def _ask(self, store_if: Callable[[dict[str, Any]], bool], answer: Answer) -> bool:
+        try:
+            return bool(store_if(answer.record or {"outputs": answer.outputs}))
+        except Exception:  # noqa: BLE001  # a user's rule must not fail the call
+            logger.exception("dspy_resilient.store_if_failed", extra={"client": self.name})
+            return False
+
+    def all_routes(self) -> list[Route]:
+        """Return every route that has been used."""
+        return [*self.routes.all(), *self.fallback_routes.all()]
+
+    def circuits(self) -> dict[str, CircuitBreaker]:
+        """Return the circuits that have been used, by label."""
+        return {
+            route.label: route.circuit for route in self.all_routes() if route.circuit is not None
+        }
+
+    def trace(self, tracer: Tracer | None) -> None:
+        """Have every call, attempt and event told to `tracer`, as it happens; None ends it."""
+        self.tracer = tracer
+        self.is_heard = tracer is not None or self.hub.listener is not None
+
+    def reset(self) -> None:
+        """Close every circuit, open every gate, and count from zero."""
+        self.routes.reset()
+        self.fallback_routes.reset()
+        self._minute = LastMinute()
+        self._zero = self.totals()
+
+    def check_open(self) -> None:
+        """Raise ClientClosedError if the client was closed."""
+        if self.closed:
+            raise ClientClosedError(f"client {self.name!r} is closed", client=self.name)
+
+    def restart(self) -> None:
+        """Start over with new connections, clean limits and in-flight table, and no break on record."""
+        self.connections.renew()
+        self._start_over(None)
+        self.routes.supervisor.forgive()
+        self.fallback_routes.supervisor.forgive()
+
+    def mend(self, routes: Routes, seen: int, error: Exception, target: str | None = None) -> None:
+        """Restart after a break on one of `routes`, unless that has been done since `seen`.
+
+        Raises:
+            RestartLimitError: That would be too often.
+        """
+        if (
+            seen == routes.supervisor.generation
+        ):  # before the next try of anybody who finds it broken
+            self.connections.renew()
+        with routes.supervisor.restart(seen) as is_due:
+            if is_due:
+                self._start_over(target, error=type(error).__name__)
+
+    def _start_over(self, target: str | None, **facts: Any) -> None:
+        before, self.flights = self.flights, self._new_flights()
+        with suppress(Exception):  # it may be what is broken
+            before.disband()
+        self.routes.restart()
+        self.fallback_routes.restart()
+        self.tally.add("restarts")
+        self.emit(ClientRestarted, target, **facts)
+
+    def close(self) -> None:
+        """Refuse further calls, release the cache, and close the connections that nobody uses."""
+        self.closed = True
+        self.cache.close()
+        if self.shared_state is not None:
+            self.shared_state.close()
+        self.connections.renew()
+
+    def totals(self) -> Stats:
+        """Return everything counted since the client was made."""
+        counts, cache = self.tally.totals(), self.cache.numbers()
+        skipped = {**counts.pop("skipped", {}), **cache.skipped}
+        failed, refused = counts.get("failed", {}), counts.get("refused", {})
+        return Stats(
+            client=self.name,
+            seconds=self.clock() - self._made_at,
+            hits=cache.hits,
+            misses=cache.misses,
+            stale=cache.stale,
+            stored=cache.stored,
+            evicted=cache.evicted,
+            skipped=skipped,
+            failures=sum(failed.values()),
+            rejected=sum(refused.values()),
+            **counts,
+        )
+
+    def stats(self) -> Stats:
+        """Return the numbers since the client was made or reset, those of the last minute too."""
+        totals = self.totals()
+        recent = self._minute.since(totals)
+        return dataclasses.replace(totals - self._zero if self._zero else totals, recent=recent)
+
+    def explain(self, routes: list[Route]) -> str:
+        """Return a line about each of the given routes."""
+        lines = [route.explain() for route in routes]
+        if wait := self.routes.supervisor.wait_time():
+            lines.append(f"broke too often and is left alone for {duration(wait)}; see restart().")
+        return "\n".join(printable(f"{self.name}: {line}") for line in lines)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClientState:
+        """Return this very runtime: a copy of a client is the same client."""
+        return self
+
+
+def _credential(api_key: Any) -> str:
+    """Return the name by which others know `api_key`.
+
+    A key that is no str (a function that fetches tokens) has no lasting value by which they could:
+    nobody else has the name of what it is used for.
+    """
+    is_lasting = api_key is None or isinstance(api_key, str)
+    return tenant_of(api_key) if is_lasting else uuid.uuid4().hex

@@ -1,0 +1,129 @@
+"""What an error leads to: another attempt after a pause, another target, an old answer, or itself.
+
+Judgements only; `call.py` acts on them. What an error says about the provider was decided before,
+in `circuit.outcome`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from dspy_resilient.errors import (
+    AllTargetsFailedError,
+    CallRejectedError,
+    CircuitOpenError,
+    RestartLimitError,
+    ThrottledError,
+)
+from dspy_resilient.events import RetryScheduled
+from dspy_resilient.outcomes import Kind, Outcome, Verdict
+from dspy_resilient.pipeline.admission import is_hopeless, rejected
+
+if TYPE_CHECKING:
+    from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.pipeline.state import Call, Turn
+    from dspy_resilient.targets.route import Route
+
+_EXCUSES = (CircuitOpenError, ThrottledError, RestartLimitError, AllTargetsFailedError)
+
+
+class AnswerFilteredError(Exception):
+    """A content filter held the answer back (`Call.filtered`), and somebody else may do better."""
+
+    verdict = Verdict(Kind.POLICY, Outcome.SUCCESS, retry=False, next_target=False, special=True)
+
+
+def excuses_stale(error: Exception) -> bool:
+    verdict = getattr(error, "verdict", None)
+    return isinstance(error, _EXCUSES) or (
+        verdict is not None
+        and verdict.next_target
+        and verdict.kind in (Kind.FAILURE, Kind.TIMEOUT, Kind.THROTTLED, Kind.BROKEN)
+    )
+
+
+def is_the_providers(error: BaseException) -> bool:
+    """Whether everybody who asks the same would get `error` too: the provider's own verdict."""
+    if isinstance(error, AllTargetsFailedError):
+        return all(is_the_providers(each) for each in error.errors)
+    verdict = getattr(error, "verdict", None)
+    return verdict is not None and verdict.kind not in (
+        Kind.TIMEOUT,
+        Kind.CANCELLED,
+        Kind.REJECTED,
+        Kind.BROKEN,
+        Kind.LOCAL,
+    )
+
+
+def is_our_circuits(error: Exception) -> bool:
+    """Whether a circuit of ours refused; what a client within an attempt says comes with a verdict."""
+    return isinstance(error, CircuitOpenError) and not hasattr(error, "verdict")
+
+
+def special_kind(error: Exception) -> Kind | None:
+    """Return which of the lists kept for one kind of error may do better, if any."""
+    verdict = getattr(error, "verdict", None)
+    return verdict.kind if verdict is not None and verdict.special else None
+
+
+def leads_on(error: Exception, kept_for: Kind | None) -> bool:
+    """Whether the next target may do better; those kept for one kind of error go on at it too."""
+    if isinstance(error, (CallRejectedError, RestartLimitError)):
+        return True
+    verdict = getattr(error, "verdict", None)
+    return verdict is not None and (
+        verdict.next_target or (kept_for is not None and special_kind(error) is kept_for)
+    )
+
+
+def nobody_answered(client: ClientState, turns: list[Turn]) -> Exception:
+    errors = [turn.error for turn in turns if turn.error is not None]
+    if len(turns) == 1:
+        return errors[0]
+    waits = [wait for error in errors if (wait := getattr(error, "retry_after", None)) is not None]
+    tried = ", ".join(f"{t.target.label}: {type(t.error).__name__}" for t in turns)
+    failure = AllTargetsFailedError(
+        f"client {client.name!r}: no target answered ({tried})",
+        client=client.name,
+        errors=errors,
+        retry_after=min(waits, default=None),
+    )
+    failure.__cause__ = errors[-1]
+    return failure
+
+
+def check_throttle(call: Call, client: ClientState, route: Route, failure: Exception) -> None:
+    """Raise the 429 that was just received if the pause it asks for does not fit this call."""
+    gate = route.gate
+    wait = gate.wait_time()
+    now = client.clock()
+    if is_hopeless(client, gate) or (math.isfinite(wait) and wait > call.left(now)):
+        if gate.hint is not None:
+            failure.retry_after = gate.hint  # type: ignore[attr-defined]  # DSPy's field
+        raise failure
+
+
+def pause(call: Call, client: ClientState, turn: Turn, route: Route, failure: Exception) -> float:
+    """Return the seconds to wait before the next attempt, or raise if there is to be none."""
+    if turn.used >= call.max_attempts:
+        raise failure
+    if route.wait_time() > 0:
+        raise rejected(client, route, route.rejection()) from failure
+    hint = getattr(failure, "retry_after", None)  # the gate sees to it, unless it is too long
+    if hint is not None and hint > client.retry.max_retry_after:
+        raise failure
+    wait = client.backoff(max(turn.used - 1, 0))
+    if wait >= call.left(client.clock()) or not route.budget.take():
+        raise failure
+    turn.retried = True
+    client.tally.add("retries")
+    client.emit(
+        RetryScheduled,
+        turn.target.label,
+        seconds=wait,
+        attempt=turn.used + 1,
+        error=type(failure).__name__,
+    )
+    return wait

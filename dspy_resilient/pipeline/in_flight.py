@@ -1,0 +1,234 @@
+"""The calls of a client that are under way: how many, when the last has ended, and how to end them.
+
+A client that is being closed lets its calls finish for a while and then ends what is left. A call
+is ended in the step it is in, so that it leaves nothing behind: its driver says, for each step that
+takes time, what would end it. A call is stranded when its event loop was closed under it: nothing
+will ever go on with it, nor give back what it holds. Its coroutine can be closed from anywhere then;
+whoever waits for something looks for such calls now and then. This module waits for nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextvars
+import time
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from dspy_resilient._support.fork import renew_after_fork
+from dspy_resilient.errors import ClientClosedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+
+
+class Loop(Protocol):
+    """What has to be known of an event loop."""
+
+    def is_closed(self) -> bool:
+        """Whether nothing will run on it any more."""
+        ...
+
+
+class InFlight:
+    """The calls of one client that are under way; safe for threads, event loops and forks.
+
+    Attributes:
+        are_endable: Whether sync attempts run on threads of their own, so that their callers need
+            not wait for them. (Else a sync attempt ends when its request does.)
+        ended: Whether the calls have been told to end.
+    """
+
+    def __init__(self, client: str = "") -> None:
+        """Begin with none.
+
+        Args:
+            client: Name of the client, for errors.
+        """
+        self.are_endable = False
+        self.ended = False
+        self._client = client
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Forget, in a forked child, what only its parent has under way."""
+        self._running: set[Running] = set()
+        self._idle: Future[None] | None = None
+
+    def __len__(self) -> int:
+        """Return how many calls are under way."""
+        return len(self._running)
+
+    def call(self) -> Running:
+        """Return a call, which is under way in its `with` block."""
+        return Running(self)
+
+    def idle(self) -> Future[None]:
+        """Return a future that is done once no call is under way. Nobody must begin one any more."""
+        self.end_stranded()
+        idle = self._idle
+        if idle is None:
+            idle = self._idle = Future()
+            idle.set_running_or_notify_cancel()
+        self._look()
+        return idle
+
+    def end(self) -> None:
+        """Have all calls end at once with ClientClosedError, and all that begin later."""
+        self.ended = True
+        for each in list(self._running):
+            each.end()
+
+    def end_stranded(self) -> None:
+        """End the calls whose event loop was closed under them."""
+        _end_stranded(self._running)
+
+    def check(self) -> None:
+        """Raise ClientClosedError if the calls have been told to end."""
+        if self.ended:
+            raise ClientClosedError(
+                f"client {self._client!r} was closed before the call had finished",
+                client=self._client,
+            )
+
+    def add(self, running: Running) -> None:
+        """Note that a call has begun."""
+        self._running.add(running)
+
+    def discard(self, running: Running) -> None:
+        """Note that a call has ended."""
+        self._running.discard(running)
+        if self._idle is not None:
+            self._look()
+
+    def _look(self) -> None:
+        idle = self._idle
+        if idle is not None and not self._running:
+            with suppress(Exception):  # another thread has just said so
+                idle.set_result(None)
+
+
+class Running:
+    """One call under way."""
+
+    __slots__ = ("_coroutine", "_end", "_loop", "_task", "calls")
+
+    def __init__(self, calls: InFlight) -> None:
+        """Belong to `calls`, which alone makes them."""
+        self.calls = calls
+        self._end: Callable[[], object] | None = None
+        self._coroutine: Coroutine[Any, Any, Any] | None = None
+        self._loop: Loop | None = None
+        self._task: object = None
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self.calls.add(self)
+        if self._loop is not None:
+            _lookout.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End; if stranded, the task is let go of later, when nobody is in the middle of it."""
+        self.calls.discard(self)
+        if not self.is_stranded:
+            self._let_go()
+
+    def depend_on(self, loop: Loop, task: object, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Note that only `loop` goes on with `coroutine`, which belongs to its `task`."""
+        self._coroutine, self._loop, self._task = coroutine, loop, task
+
+    @property
+    def is_stranded(self) -> bool:
+        """Whether nothing will ever go on with this call."""
+        loop = self._loop
+        return loop is not None and loop.is_closed()
+
+    @contextmanager
+    def ended_by(self, end: Callable[[], object]) -> Iterator[None]:
+        """Do something that `end`, called on any thread, breaks off; not at all if it is too late."""
+        self._end = end
+        try:
+            self.calls.check()  # whoever ends the calls says so first, and then looks for `end`
+            yield
+        finally:
+            self._end = None
+
+    def end(self) -> None:
+        """Break off what is being done; a stranded call gives back, on this thread, what it holds."""
+        if self.is_stranded:
+            contextvars.Context().run(self._close)
+        elif (end := self._end) is not None:
+            with suppress(RuntimeError):  # its event loop has been closed just now
+                end()
+
+    def _close(self) -> None:
+        """Close the coroutine, in a context in which nobody is.
+
+        Its task lives until that is done: without another holder it would close the coroutine once
+        more in the middle of it, and CPython 3.11 does not survive that.
+        """
+        task, coroutine = self._task, self._coroutine
+        if coroutine is not None:
+            with suppress(Exception):  # such as another thread's doing the same
+                coroutine.close()
+        self.calls.discard(self)
+        self._let_go()
+        del task
+
+    def _let_go(self) -> None:
+        _lookout.discard(self)
+        self._coroutine = self._loop = self._task = None
+
+
+class _Lookout:
+    """The calls of all clients of the process that depend on an event loop, which belongs to no client.
+
+    Clients lend each other targets, circuits and limits, so that a stranded call may hold what any
+    other waits for. They are held here lest the collector end them, which it does anywhere: should
+    that be within `ContextVar.set`, in whose context LiteLLM sets variables as it ends, CPython 3.11
+    goes on with freed memory. A forked child holds its parent's, for the same reason.
+    """
+
+    _EVERY = 0.25
+    """Seconds in which a crowd of waiters looks once."""
+
+    def __init__(self) -> None:
+        self._due = 0.0
+        self._running: set[Running] = set()
+        atexit.register(_end_stranded, self._running)  # later each would leave a traceback
+
+    def add(self, running: Running) -> None:
+        """Look at a call that begins, too."""
+        self._running.add(running)
+
+    def discard(self, running: Running) -> None:
+        """Look no more at a call that has ended."""
+        self._running.discard(running)
+
+    def look(self) -> None:
+        """End what is stranded, unless somebody has just done so."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + self._EVERY
+        _end_stranded(self._running)
+
+
+def _end_stranded(running: set[Running]) -> None:
+    for each in list(running):
+        if each.is_stranded:
+            each.end()
+
+
+_lookout = _Lookout()
+
+
+def end_stranded() -> None:
+    """End the calls, of whatever client, whose event loop was closed under them.
+
+    Looks at most four times a second, however often it is called. Never waits or raises.
+    """
+    _lookout.look()

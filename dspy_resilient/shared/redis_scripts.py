@@ -1,0 +1,222 @@
+"""The scripts that a Redis or Valkey server runs: what each is asked, and how its answer is read.
+
+An answer may come from whomever: it is made into a view of the right types, or it is a
+`StoreAnswerError`. Nothing here talks to a server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from dspy_resilient._support.redact import redact
+from dspy_resilient.circuit import CircuitState
+from dspy_resilient.circuit.machine import steps_to_longest
+from dspy_resilient.shared.store import (
+    KEPT,
+    MOST_TEXT,
+    BudgetView,
+    CachedText,
+    CircuitView,
+    RateView,
+    StoreAnswerError,
+    ThrottleView,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from dspy_resilient.policies import CircuitPolicy
+    from dspy_resilient.shared.store import (
+        BudgetReport,
+        CacheOrder,
+        CircuitReport,
+        RateReport,
+        ThrottleReport,
+    )
+
+T = TypeVar("T")
+
+_OF_THE_CIRCUIT = (
+    "failure_threshold",
+    "window",
+    "min_calls",
+    "failure_rate",
+    "slow_rate",
+    "recovery_time",
+    "backoff",
+    "max_recovery_time",
+    "jitter",
+    "probes",
+    "successes_to_close",
+)
+_LONGEST_TEXT = 300
+
+
+class Script:
+    """A script by the name under which a server knows it."""
+
+    def __init__(self, name: str) -> None:
+        self.source = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+
+CIRCUIT = Script("circuit.lua")
+THROTTLE = Script("throttle.lua")
+BUDGET = Script("budget.lua")
+RATE = Script("rate.lua")
+CACHE = Script("cache.lua")
+
+
+class Ask(NamedTuple, Generic[T]):
+    """One run of a script.
+
+    Attributes:
+        script: Which.
+        operands: Number of keys, keys and arguments, as EVALSHA takes them.
+        reading: Makes the server's answer a view; raises anything if it makes no sense.
+    """
+
+    script: Script
+    operands: tuple[Any, ...]
+    reading: Callable[[Any], T]
+
+    def read(self, answer: Any) -> T:
+        """Return the view in a server's answer, of which nothing is taken on trust.
+
+        Raises:
+            StoreAnswerError: There is none.
+        """
+        try:
+            return self.reading(answer)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise StoreAnswerError("the store's answer makes no sense") from None
+
+
+def circuit(key: str, policy: CircuitPolicy, report: CircuitReport) -> Ask[CircuitView]:
+    """Return what answers `Store.circuit`."""
+    rules = {name: getattr(policy, name) for name in _OF_THE_CIRCUIT}
+    rules["steps"] = steps_to_longest(policy)
+    verdicts = [_given(verdict._asdict()) for verdict in report.verdicts]
+    state = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
+    request = {"policy": rules, **_given(state), "verdicts": verdicts}
+    return _in_json(CIRCUIT, key, request, _circuit, KEPT + _finite(report.remaining))
+
+
+def throttle(key: str, report: ThrottleReport) -> Ask[ThrottleView]:
+    """Return what answers `Store.throttle`."""
+    request = dataclasses.asdict(report)
+    return _in_json(THROTTLE, key, request, _throttle, KEPT + report.seconds)
+
+
+def budget(key: str, report: BudgetReport) -> Ask[BudgetView]:
+    """Return what answers `Store.budget`."""
+    return _in_json(BUDGET, key, dataclasses.asdict(report), _budget)
+
+
+def rate(key: str, reports: Mapping[str, RateReport]) -> Ask[RateView]:
+    """Return what answers `Store.rate`."""
+
+    def read(answer: Any) -> RateView:
+        full_in = {name: _seconds(answer["full_in"][name]) for name in reports}
+        return RateView(float(answer["at"]), full_in)
+
+    return _in_json(RATE, key, reports, read)
+
+
+def cache(key: str, orders: Sequence[CacheOrder]) -> Ask[list[CachedText | None]]:
+    """Return what answers `Store.cache`."""
+    keys = [key, *(f"{key}:{order.name}" for order in orders)]
+    arguments: list[Any] = [MOST_TEXT, _milliseconds(KEPT)]
+    for order in orders:
+        arguments += [order.doing, _milliseconds(order.kept), order.text]
+    return Ask(CACHE, (len(keys), *keys, *arguments), _texts)
+
+
+def _in_json(
+    script: Script,
+    key: str,
+    request: Mapping[str, Any],
+    read: Callable[[Any], T],
+    kept: float = KEPT,
+) -> Ask[T]:
+    argument = json.dumps(request, allow_nan=False)
+    operands = 1, key, argument, _milliseconds(kept)
+    return Ask(script, operands, lambda answer: read(json.loads(answer)))
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is there to be said in JSON: no None, and no inf, which means the same there."""
+    return {n: v for n, v in values.items() if v is not None and v != math.inf}
+
+
+def _milliseconds(seconds: float) -> int:
+    return math.ceil(min(seconds * 1000, 2**53))
+
+
+def _finite(seconds: float) -> float:
+    return min(seconds, KEPT) if math.isfinite(seconds) else KEPT
+
+
+def _circuit(answer: Any) -> CircuitView:
+    places = {str(name): _seconds(left) for name, left in dict(answer["places"]).items()}
+    remaining = answer.get("remaining")
+    return CircuitView(
+        at=float(answer["at"]),
+        generation=_whole(answer["generation"]),
+        accepted=answer["accepted"] is True,
+        granted=answer["granted"] is True,
+        places=places,
+        state=CircuitState(answer["state"]),
+        age=_seconds(answer["age"]),
+        remaining=math.inf if remaining is None else _seconds(remaining),
+        failures=_whole(answer["failures"]),
+        openings=_whole(answer["openings"]),
+        reason=_text(answer.get("reason")),
+        error=_text(answer.get("error")),
+    )
+
+
+def _throttle(answer: Any) -> ThrottleView:
+    return ThrottleView(
+        at=float(answer["at"]),
+        stamp=_whole(answer["stamp"]),
+        seconds=_seconds(answer["seconds"]),
+        hint=_seconds(answer["hint"]),
+        longer=answer["longer"] is True,
+    )
+
+
+def _budget(answer: Any) -> BudgetView:
+    return BudgetView(at=float(answer["at"]), spent=_whole(answer["spent"]))
+
+
+def _texts(answers: Any) -> list[CachedText | None]:
+    return [None if each is None else _cached(*each) for each in answers]
+
+
+def _cached(age: Any, text: Any) -> CachedText:
+    """Return what was recalled; a client may have been set up to decode what it reads."""
+    return CachedText(_seconds(age), text.encode() if isinstance(text, str) else bytes(text))
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not math.isfinite(seconds):
+        raise ValueError
+    return seconds
+
+
+def _whole(value: Any) -> int:
+    number = int(value)
+    if not 0 <= number <= 2**53:
+        raise ValueError
+    return number
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else redact(str(value)[:_LONGEST_TEXT])

@@ -1,0 +1,6 @@
+"""Numbers about a client, and how people read them."""
+
+from dspy_resilient.stats.latency import Latency
+from dspy_resilient.stats.stats import LastMinute, Stats, Tally
+
+__all__ = ["LastMinute", "Latency", "Stats", "Tally"]

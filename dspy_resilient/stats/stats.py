@@ -1,0 +1,214 @@
+"""What a client has done so far, counted.
+
+`Tally` counts while calls run; `Stats` is the frozen snapshot a user gets. How it looks is decided
+in `display.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dspy_resilient._support.fork import renew_after_fork
+from dspy_resilient.stats.latency import Latency, Stopwatch
+
+
+class Tally:
+    """Named counters, and how long answers took, behind one short lock."""
+
+    def __init__(self) -> None:
+        self.renew()
+        renew_after_fork(self)
+        self._counts: Counter[str] = Counter()
+        self._watch = Stopwatch()
+
+    def renew(self) -> None:
+        """Make the lock anew in a forked child."""
+        self._lock = threading.Lock()
+
+    def add(self, name: str, amount: float = 1) -> None:
+        """Add to one counter."""
+        with self._lock:
+            self._counts[name] += amount  # type: ignore[assignment]  # a sum of prices is no int
+
+    def time(self, seconds: float) -> None:
+        """Count an answer that took `seconds`."""
+        with self._lock:
+            self._watch.record(seconds)
+
+    def totals(self) -> dict[str, Any]:
+        """Return all counters by the names of `Stats`: "skipped:empty" is part of "skipped"."""
+        with self._lock:
+            counts, latency = dict(self._counts), self._watch.latency()
+        totals: dict[str, Any] = {"latency": latency}
+        for name, count in counts.items():
+            whole, _, part = name.partition(":")
+            if part:
+                totals.setdefault(whole, {})[part] = count
+            else:
+                totals[whole] = count
+        return totals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """A client's numbers since it was made or reset.
+
+    `print` shows them as a table, a notebook as one in HTML. Those of several clients can be added
+    (also by `sum`), and those of an earlier moment subtracted, which leaves what came since.
+
+    They add up: once nothing is under way, `calls` is `hits + stale + coalesced + errors +
+    latency.count`, and `attempts` is `latency.count + failures` and those whose callers went away.
+
+    Attributes:
+        client: Name of the client, or of several.
+        seconds: Time that the numbers cover.
+        calls: Calls made by users.
+        hits: Calls answered from the cache.
+        misses: Look-ups for which the cache had no answer.
+        stale: Hits that were past their ttl.
+        coalesced: Calls answered by an identical one that was under way.
+        errors: Calls that ended with an error.
+        attempts: Requests sent to providers.
+        failures: Attempts that ended without an answer.
+        failed: The same by kind of failure.
+        retries: Attempts repeated after a pause.
+        queued: Times a call waited for its turn within its limits.
+        queue_seconds: How long it waited there, all those times together.
+        rejected: Times a circuit, gate, limit or supervision refused to send.
+        refused: The same by what refused.
+        restarts: Times the client was restarted to a clean state.
+        fallbacks: Times a call went on to the next target.
+        stored: Answers kept in the cache.
+        skipped: Answers not kept, by reason.
+        evicted: Answers dropped from the cache.
+        tokens_saved: Tokens that hits and coalesced calls did not use.
+        cost_saved: Dollars that they did not cost, as far as prices are known.
+        latency: How long the answers of providers took that came in time, from request to end.
+        recent: The numbers of the last minute; None within these.
+    """
+
+    client: str
+    seconds: float = field(default=0.0, compare=False)
+    calls: int = 0
+    hits: int = 0
+    misses: int = 0
+    stale: int = 0
+    coalesced: int = 0
+    errors: int = 0
+    attempts: int = 0
+    failures: int = 0
+    failed: Mapping[str, int] = field(default_factory=dict)
+    retries: int = 0
+    queued: int = 0
+    queue_seconds: float = 0.0
+    rejected: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
+    restarts: int = 0
+    fallbacks: int = 0
+    stored: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    evicted: int = 0
+    tokens_saved: int = 0
+    cost_saved: float = 0.0
+    latency: Latency = field(default_factory=Latency)
+    recent: Stats | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def calls_per_second(self) -> float:
+        """Calls per second, on average; 0.0 without any time."""
+        return self.calls / self.seconds if self.seconds else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the calls for which nothing had to be sent; 0.0 without a call."""
+        return (self.hits + self.coalesced) / self.calls if self.calls else 0.0
+
+    @property
+    def failure_rate(self) -> float:
+        """Share of the attempts that failed; 0.0 without an attempt."""
+        return self.failures / self.attempts if self.attempts else 0.0
+
+    def __add__(self, other: Stats) -> Stats:
+        """Return the numbers of both clients together."""
+        if not isinstance(other, Stats):
+            return NotImplemented
+        recent = None
+        if self.recent is not None and other.recent is not None:
+            recent = self.recent + other.recent
+        return self._combine(
+            operator.add,
+            other,
+            client=f"{self.client}, {other.client}",
+            seconds=max(self.seconds, other.seconds),
+            recent=recent,
+        )
+
+    def __radd__(self, nothing: int) -> Stats:
+        """Return these numbers: `sum` begins with 0."""
+        return self if nothing == 0 else NotImplemented
+
+    def __sub__(self, earlier: Stats) -> Stats:
+        """Return what has been counted since `earlier`, a snapshot of the same client."""
+        if not isinstance(earlier, Stats):
+            return NotImplemented
+        seconds = self.seconds - earlier.seconds
+        return self._combine(operator.sub, earlier, client=self.client, seconds=seconds)
+
+    def _combine(self, operation: Callable[[Any, Any], Any], other: Stats, **own: Any) -> Stats:
+        for each in fields(self):
+            if each.name not in own and each.name != "recent":
+                one, two = getattr(self, each.name), getattr(other, each.name)
+                mixed = isinstance(one, Mapping)
+                own[each.name] = _merge(operation, one, two) if mixed else operation(one, two)
+        return Stats(**own)
+
+    def __str__(self) -> str:
+        """Return the numbers as an aligned table."""
+        from dspy_resilient.stats.display import stats_text  # noqa: PLC0415  # only when asked
+
+        return stats_text(self)
+
+    def _repr_html_(self) -> str:
+        from dspy_resilient.stats.display import stats_html  # noqa: PLC0415  # only when asked
+
+        return stats_html(self)
+
+
+def _merge(
+    operation: Callable[[int, int], int], one: Mapping[str, int], two: Mapping[str, int]
+) -> dict[str, int]:
+    merged = {name: operation(one.get(name, 0), two.get(name, 0)) for name in {**one, **two}}
+    return {name: count for name, count in merged.items() if count}
+
+
+class LastMinute:
+    """Totals of every few seconds of the last minute; what is recent is the difference to now.
+
+    Whoever counts asks first whether a mark is `due`, so that nothing is ever counted long after
+    the last mark, and a client that rests costs nothing.
+    """
+
+    SECONDS = 60.0
+    STEP = 5.0
+
+    def __init__(self) -> None:
+        self._marks: deque[Stats] = deque(maxlen=int(self.SECONDS / self.STEP) + 1)
+        self.due = -math.inf
+
+    def mark(self, now: float, totals: Callable[[], Stats]) -> None:
+        """Remember the totals, and say when to do so again on the clock that reads `now`."""
+        self.due = now + self.STEP
+        self._marks.append(totals())
+
+    def since(self, totals: Stats) -> Stats:
+        """Return what has been counted in the last minute."""
+        for earlier in list(self._marks):
+            if totals.seconds - earlier.seconds <= self.SECONDS:
+                return totals - earlier
+        return Stats(client=totals.client, seconds=self.SECONDS)

@@ -1,0 +1,302 @@
+"""The ways to a provider, each with the circuit, gate, limits and retry budget that guard it.
+
+A way is model, kind of call and endpoint: it has the circuit and the budget. A route is a way with
+a credential: it has the throttle gate, the limits, and a circuit of its own for refused
+credentials, so that one tenant's key or quota never stops another. This module decides
+nothing about order, retries or waiting.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import cachetools
+
+from dspy_resilient import providers
+from dspy_resilient._support.fork import renew_after_fork
+from dspy_resilient._support.redact import redact
+from dspy_resilient.circuit import CircuitState
+from dspy_resilient.outcomes import Kind, Outcome, classify, redacted
+from dspy_resilient.stats.latency import duration
+from dspy_resilient.targets.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from dspy_resilient.circuit import CircuitBreaker, Permit
+    from dspy_resilient.errors import CircuitOpenError
+    from dspy_resilient.limits import RetryBudget
+    from dspy_resilient.outcomes import Verdict
+    from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.shared.circuit import SharedCircuit
+    from dspy_resilient.shared.link import Link
+
+_AUTH_FAILURES = 3
+
+
+class Admission:
+    """Leave to send one attempt: the permit of the circuit, and that of the credential's own."""
+
+    __slots__ = ("_access", "_permit", "_route")
+
+    def __init__(self, route: Route, permit: Permit | None, access: Permit | None) -> None:
+        self._route = route
+        self._permit = permit
+        self._access = access
+
+    @property
+    def probe(self) -> bool:
+        """Whether the attempt is a probe of a half-open circuit."""
+        return (self._permit is not None and self._permit.probe) or (
+            self._access is not None and self._access.probe
+        )
+
+    def answered(self) -> None:
+        """Report an answer."""
+        if self._permit is not None:
+            self._permit.success()
+        if self._access is not None:
+            self._access.success()
+
+    def withdraw(self) -> None:
+        """Report that nothing was sent."""
+        for permit in (self._permit, self._access):
+            if permit is not None:
+                permit.neutral()
+
+    def failed(self, verdict: Verdict, error: BaseException) -> None:
+        """Report what `verdict` says, each circuit hearing only what concerns it."""
+        if verdict.kind in (Kind.AUTH, Kind.BILLING):
+            self._route.refuse_credential(self._access, verdict.kind, error)
+        elif self._access is not None:
+            self._access.neutral()
+        if self._permit is None:
+            return
+        if verdict.outcome == Outcome.FAILURE and verdict.kind not in (Kind.AUTH, Kind.BILLING):
+            self._permit.failure(redacted(error), retry_after=verdict.retry_after)
+        else:
+            self._permit.neutral()
+
+
+def label_of(way: tuple[str, str, str]) -> str:
+    """Return model and endpoint for people, without what may be secret in an address."""
+    model, _, endpoint = way
+    return f"{model} at {redact(endpoint)}" if endpoint else model
+
+
+class Route:
+    """One way to a provider: a circuit per endpoint, and gate, limits and access per credential."""
+
+    def __init__(
+        self,
+        runtime: ClientState,
+        way: tuple[str, str, str],
+        api_key: Any,
+        circuit: CircuitBreaker | None,
+        budget: RetryBudget,
+    ) -> None:
+        self.label = label = label_of(way)
+        self.circuit = circuit
+        self.budget = budget
+        self.access: CircuitBreaker | None = None
+        self.shared = cast("SharedCircuit", circuit) if runtime.shared_state is not None else None
+        self.gate = gate = runtime.new_gate(label, way, api_key)
+        shares = runtime.shared_state is not None
+        self.links = cast("tuple[Link[Any, Any], ...]", (gate, budget) if shares else ())
+        self._new_limiter = partial(runtime.new_limiter, label, way, api_key)
+        self.limiter = self._new_limiter()
+        self._runtime = runtime
+        if circuit is not None and circuit.policy.listen == "provider":
+            self._listen(*way)
+
+    def _listen(self, model: str, _: str, endpoint: str) -> None:
+        """Learn from every LiteLLM call of the process to the same provider and endpoint."""
+        provider = model.partition("/")[0]
+        place = endpoint or providers.home_of(provider)
+        providers.subscribe(provider, place, self.hear, self._runtime.connections)
+
+    def hear(self, evidence: providers.CallbackEvent, succeeded: bool) -> None:
+        """Let the circuit know how somebody else's call to this provider went."""
+        assert self.circuit is not None  # only a route with a circuit listens
+        permit = self.circuit.try_admit()
+        if permit is None:
+            return
+        with permit:
+            if succeeded:
+                permit.success()
+            elif (error := evidence.error) is not None:
+                verdict = classify(error, seconds=evidence.seconds, handed_off=evidence.handed_off)
+                if verdict.outcome == Outcome.FAILURE:
+                    permit.failure(redacted(error), retry_after=verdict.retry_after)
+
+    def look_ahead(self) -> None:
+        """Have the store asked now what it would be asked soon, while there is a wait anyway."""
+        for link in (*self.links, self.shared):
+            if link is not None:
+                link.question()
+
+    def is_slow(self, seconds: float) -> bool:
+        """Whether an answer that took `seconds` counts as slow."""
+        slow_call = self.circuit.policy.slow_call if self.circuit is not None else None
+        return slow_call is not None and seconds >= slow_call
+
+    def admit(self, lease: float = 0.0, *, early: bool = False) -> Admission | None:
+        """Return leave to send one attempt, or None if a circuit refuses.
+
+        Args:
+            lease: Seconds the attempt may take; see `CircuitBreaker.try_admit`.
+            early: Whether it may be a probe before the time; see there.
+        """
+        permit = None
+        if self.circuit is not None:
+            permit = self.circuit.try_admit(lease, early=early)
+            if permit is None:
+                return None
+        if self.access is None:
+            return Admission(self, permit, None)
+        access = self.access.try_admit(lease, early=early)
+        if access is None:
+            if permit is not None:
+                permit.neutral()
+            return None
+        return Admission(self, permit, access)
+
+    def blocker(self) -> CircuitBreaker:
+        """Return the circuit that refuses longest (the endpoint's own if none does)."""
+        if self.access is None:
+            assert self.circuit is not None  # a route without circuits never refuses
+            return self.circuit
+        circuits = [c for c in (self.circuit, self.access) if c is not None]
+        return max(circuits, key=lambda circuit: circuit.wait_time())
+
+    def wait_time(self) -> float:
+        """Return the seconds until `admit` may succeed; see `CircuitBreaker.wait_time`."""
+        if not self._is_guarded:
+            return 0.0
+        return self.blocker().wait_time()
+
+    def rejection(self) -> CircuitOpenError:
+        """Return a fresh error that says why this route is closed, and until when."""
+        return self.blocker().rejection()
+
+    def reset(self) -> None:
+        """Close the circuits and open the gate."""
+        if self.circuit is not None:
+            self.circuit.reset()
+        self.access = None
+        self.gate.reset()
+
+    def restart(self) -> None:
+        """Replace the limits by clean ones; who waits goes on waiting in them. Circuit and gate stay."""
+        before, self.limiter = self.limiter, self._new_limiter()
+        if before is not None:
+            with suppress(Exception):  # it may be what is broken
+                before.disband()
+
+    def explain(self) -> str:
+        """Return what state this route is in, why, since when, and until when."""
+        says = [
+            f"its circuit has been {self.blocker().explain()}" if self._is_guarded else "no circuit"
+        ]
+        pause = self.gate.wait_time()
+        if pause == math.inf:
+            says.append("let in step by step after a 429")
+        elif pause > 0:
+            says.append(f"throttled for {duration(pause)} more")
+        if self.limiter is not None and self.limiter.queued:
+            says.append(f"{self.limiter.in_use} requests under way, {self.limiter.queued} queue")
+        return f"{self.label}: {'; '.join(says)}."
+
+    @property
+    def _is_guarded(self) -> bool:
+        return self.circuit is not None or self.access is not None
+
+    def refuse_credential(self, permit: Permit | None, kind: Kind, error: BaseException) -> None:
+        """Open the way for this credential alone: at once on billing, after 3 on auth."""
+        if self.circuit is None:
+            return
+        if self.access is None:
+            self.access = self._runtime.new_circuit(
+                f"{self.label} ({kind})", failure_threshold=_AUTH_FAILURES
+            )
+        if permit is None and self.access.state is CircuitState.CLOSED:
+            permit = self.access.try_admit()  # the attempt is older than the circuit
+        if permit is not None:
+            permit.failure(redacted(error), reason=str(kind))
+
+
+class Routes:
+    """The routes of one client, made when first used; the least recently used go.
+
+    Attributes:
+        supervisor: Counts what breaks on the way along any of them.
+    """
+
+    _MOST = 512
+
+    def __init__(self, runtime: ClientState, shared: CircuitBreaker | None = None) -> None:
+        self.supervisor = Supervisor(clock=runtime.clock, client=runtime.name)
+        self._runtime = runtime
+        self._shared = shared
+        self.renew()
+        renew_after_fork(self)
+        self._routes: cachetools.LRUCache[tuple[Any, ...], Route] = cachetools.LRUCache(self._MOST)
+        self._ways: cachetools.LRUCache[tuple[Any, ...], tuple[CircuitBreaker | None, RetryBudget]]
+        self._ways = cachetools.LRUCache(self._MOST)
+
+    def renew(self) -> None:
+        """Make the lock anew in a forked child."""
+        self._lock = threading.Lock()
+
+    def find(self, lm: Any, kwargs: dict[str, Any]) -> Route:
+        """Return the route of a call with `kwargs` on `lm`."""
+        endpoint, api_key = endpoint_of(lm, kwargs), setting("api_key", lm, kwargs)
+        way = (lm.model, lm.model_type, endpoint)
+        with self._lock:
+            route = self._routes.get((way, api_key))
+            if route is None:
+                route = self._routes[way, api_key] = self._make(way, api_key)
+            return route
+
+    def _make(self, way: tuple[str, str, str], api_key: Any) -> Route:
+        if way not in self._ways:
+            runtime = self._runtime
+            circuit = self._shared
+            if circuit is None and runtime.circuit_policy is not None:
+                circuit = runtime.new_circuit(label_of(way), way)
+            self._ways[way] = circuit, runtime.new_budget(way)
+        circuit, budget = self._ways[way]
+        return Route(self._runtime, way, api_key, circuit, budget)
+
+    def all(self) -> list[Route]:
+        """Return the routes in use."""
+        with self._lock:
+            return list(self._routes.values())
+
+    def reset(self) -> None:
+        """Bring every route back to its first state; the circuits stay the same objects."""
+        for route in self.all():
+            route.reset()
+
+    def restart(self) -> None:
+        """Give every route clean limits."""
+        for route in self.all():
+            route.restart()
+
+
+def setting(name: str, lm: Any, kwargs: dict[str, Any]) -> Any:
+    """Return a call's setting: its own keyword, else the client's."""
+    value = kwargs.get(name)
+    return lm.kwargs.get(name) if value is None else value
+
+
+def endpoint_of(lm: Any, kwargs: dict[str, Any]) -> str:
+    """Return the endpoint a call goes to, or "" for the provider's own."""
+    explicit = setting("api_base", lm, kwargs) or setting("base_url", lm, kwargs)
+    if explicit is None:
+        provider = lm.model.partition("/")[0].upper()
+        explicit = os.environ.get(f"{provider}_API_BASE") or os.environ.get(f"{provider}_BASE_URL")
+    return str(explicit).rstrip("/") if explicit else ""

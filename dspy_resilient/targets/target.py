@@ -1,0 +1,153 @@
+"""A place that calls may go to: a `dspy.LM` as the user configured it, and the ways to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+import dspy
+
+from dspy_resilient.cache import request_key, tenant_of
+from dspy_resilient.targets.reasoning_models import fit, fit_config
+from dspy_resilient.targets.route import Routes, endpoint_of, setting
+
+if TYPE_CHECKING:
+    from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.pipeline.state import Call
+    from dspy_resilient.targets.route import Route
+
+# What a call may say about the connection. It belongs to the provider that the caller had in mind.
+CONNECTION = frozenset(
+    {
+        "api_base",
+        "api_key",
+        "api_version",
+        "azure_ad_token",
+        "azure_ad_token_provider",
+        "base_url",
+        "custom_llm_provider",
+        "extra_headers",
+        "extra_query",
+        "headers",
+        "organization",
+        "project",
+    }
+)
+
+
+_BLOB = re.compile(r"[A-Za-z0-9+/=_-]{2000,}")  # what no prompt says in words: base64
+
+
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
+class Target:
+    """One `dspy.LM` that calls may go to.
+
+    Attributes:
+        lm: The LM as configured.
+        routes: The ways to its provider, shared with whoever lent the target.
+        runtime: The client that makes the calls.
+        kind: Class of the twin on which attempts run.
+        history: Where DSPy records the calls (the caller's own list).
+        own_connection: Whether per-call connection settings are meant for another provider.
+    """
+
+    lm: Any
+    routes: Routes
+    runtime: ClientState
+    kind: type
+    history: list[Any]
+    own_connection: bool = False
+
+    @property
+    def label(self) -> str:
+        """Return the model and endpoint, for people."""
+        return self.routes.find(self.lm, {}).label
+
+    @property
+    def needs_litellm(self) -> bool:
+        """Whether every attempt goes through LiteLLM."""
+        return getattr(self.lm, "engine", None) == "litellm"
+
+    def route(self, call: Call) -> Route:
+        """Return the way this call takes."""
+        return self.routes.find(self.lm, self.kwargs(call))
+
+    def kwargs(self, call: Call) -> dict[str, Any]:
+        """Return the call's keywords as this target should see them."""
+        kwargs = call.kwargs
+        if self is call.targets[0]:
+            return kwargs
+        if self.own_connection:
+            kwargs = {name: value for name, value in kwargs.items() if name not in CONNECTION}
+        return fit(self.lm.model, kwargs)
+
+    def args(self, call: Call) -> tuple[Any, ...]:
+        """Return the call's positional arguments as this target should see them."""
+        request = call.args[0] if call.args else None
+        if self is call.targets[0] or not isinstance(request, dspy.lm15.Request):
+            return call.args
+        model = self.lm.model
+        config = fit_config(model, request.config)
+        return dataclasses.replace(request, model=model, config=config), *call.args[1:]
+
+    def timeout(self, call: Call) -> float | None:
+        """Return the timeout of one attempt in seconds, or None if it is not a plain number."""
+        return _seconds(setting("timeout", self.lm, self.kwargs(call)))
+
+    @property
+    def own_timeout(self) -> float | None:
+        """The client's own timeout, whatever a call may have set for itself."""
+        return _seconds(self.lm.kwargs.get("timeout"))
+
+    def key(self, call: Call) -> str | None:
+        """Return the cache key of this call under this target, or None if it is not cached."""
+        if call.key is None:
+            return None
+        return key_of(self.lm, call.method, self.args(call), self.kwargs(call), self.runtime.tenant)
+
+    def estimate(self, call: Call) -> int:
+        """Guess the tokens this call will use, prompt and answer together.
+
+        4 characters each, 1,000 for an image or a recording, and the most it may answer.
+        """
+        kwargs, args = self.kwargs(call), self.args(call)
+        prompt = args[0] if args else kwargs.get("messages") or kwargs.get("prompt")
+        text, blobs = _BLOB.subn("", str(prompt))
+        if isinstance(prompt, dspy.lm15.Request):
+            most = prompt.config.max_tokens
+        else:
+            most = setting("max_tokens", self.lm, kwargs) or setting(
+                "max_completion_tokens", self.lm, kwargs
+            )
+        return len(text) // 4 + 1000 * blobs + (most if isinstance(most, int) else 256)
+
+
+def _seconds(timeout: Any) -> float | None:
+    return timeout if isinstance(timeout, (int, float)) else None
+
+
+# The entry points of DSPy 3.5 return another shape than those of 3.4.
+_ENTRIES = {"generate": "generate", "agenerate": "generate"}
+
+
+def key_of(
+    lm: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], tenant: str | None
+) -> str | None:
+    """Return the cache key of a call on `lm`, or None if it cannot be keyed."""
+    prompt = args[0] if args else kwargs.get("prompt") or kwargs.get("request")
+    request = prompt if isinstance(prompt, dspy.lm15.Request) else None
+    settings = {**lm.kwargs, **kwargs}
+    for name in ("prompt", "messages", "request"):
+        settings.pop(name, None)
+    return request_key(
+        entry=_ENTRIES.get(method, "call" if request is None else "request"),
+        model=lm.model,
+        model_type=lm.model_type,
+        endpoint=endpoint_of(lm, kwargs),
+        tenant=tenant if tenant is not None else tenant_of(setting("api_key", lm, kwargs)),
+        prompt=None if request is not None else prompt,
+        messages=kwargs.get("messages"),
+        kwargs=settings,
+        request=request,
+    )
