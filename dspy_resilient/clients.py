@@ -101,7 +101,7 @@ class Clients(ClosedAtEnd, Mapping[str, ResilientLM]):
         if kept is not None:
             return kept
         lm = ResilientLM(model, name=name, **options)
-        lm.run_attempts_apart()
+        lm._run_attempts_apart()  # noqa: SLF001  # not for users
         with self._lock:
             before = self._started.get(name)
             kept = self._keep(before, name, model, options, replace=replace)
@@ -279,7 +279,7 @@ class Clients(ClosedAtEnd, Mapping[str, ResilientLM]):
             clients = [each.lm for each in self._started.values()]
             self._started.clear()
         for lm in clients:
-            lm.refuse_calls()
+            lm._refuse_calls()  # noqa: SLF001  # not for users
         return end, clients
 
     def _within(self, name: str, timeout: float | None) -> ResilientLM:

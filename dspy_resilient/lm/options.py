@@ -22,7 +22,19 @@ from dspy_resilient.policies import (
 if TYPE_CHECKING:
     from dspy_resilient.events import Listener
 
-UNSET: Any = object()
+
+class _DefaultRetries(int):
+    """A default that can be told from the same number given by a user."""
+
+
+class _DefaultEngine(str):
+    """A default that can be told from the same name given by a user."""
+
+    __slots__ = ()
+
+
+UNSET: Any = _DefaultRetries(3)
+DEFAULT_ENGINE: Any = _DefaultEngine("litellm")
 _ME = "ResilientLM"
 FALLBACKS = ("fallbacks", "context_window_fallbacks", "policy_fallbacks")
 _OF_THE_CLIENT = {

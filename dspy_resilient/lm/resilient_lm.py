@@ -1,78 +1,53 @@
 """`ResilientLM`: what DSPy sees.
 
-A `dspy.LM` whose public call methods go through `call.complete`. Everything else is inherited:
-this module adds construction, copies, saved state and the user's own methods, and leaves to
-`call.py` what happens to a call.
+A `dspy.LM` whose public call methods go through `pipeline.call.complete`: see `lm.entry` for how a
+call gets there, and `lm.copies` for copies and saved state. This module has construction, what a
+client can do and what it tells of itself; everything else is inherited.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
-import inspect
 import warnings
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import dspy
-from dspy.utils.callback import with_callbacks
+from dspy.clients.lm import LM  # by reference: a program may put another class at dspy.LM
 
 from dspy_resilient._support.closable import ClosedAtEnd
 from dspy_resilient.cache import disk_folder, tenant_of
-from dspy_resilient.events import CallFinished
-from dspy_resilient.lm.history import entry_of_hit
+from dspy_resilient.lm.copies import Copyable
 from dspy_resilient.lm.options import (
+    DEFAULT_ENGINE,
     FALLBACKS,
     UNSET,
     Options,
     build_options,
     check_call_options,
-    refuse_ours,
     refuse_stream,
-    refuse_to_copy,
-)
-from dspy_resilient.lm.saving import (
-    STATE_KEY,
-    TRAINING,
-    check_credentials,
-    clean_state,
-    dump_options,
-    load_options,
-    savable,
 )
 from dspy_resilient.pipeline import drivers as drive
-from dspy_resilient.pipeline.attempt import called_by_adapter, is_sending
-from dspy_resilient.pipeline.call import complete
 from dspy_resilient.pipeline.client import ClientState
 from dspy_resilient.pipeline.health import Health, health_of
 from dspy_resilient.pipeline.in_flight import InFlight
-from dspy_resilient.pipeline.state import Call, Served
 from dspy_resilient.policies import CachePolicy, number
-from dspy_resilient.stats.stats import Stats
 from dspy_resilient.targets.fallbacks import Fallbacks
 from dspy_resilient.targets.route import endpoint_of, setting
-from dspy_resilient.targets.target import Target, key_of
+from dspy_resilient.targets.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
+
+    import dspy
 
     from dspy_resilient.circuit import CircuitBreaker
     from dspy_resilient.events import Listener
     from dspy_resilient.policies import CircuitPolicy, LimitPolicy, RetryPolicy
+    from dspy_resilient.stats.stats import Stats
 
 _ME = "ResilientLM"
-_Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
-def _with_callbacks(method: _Method) -> _Method:
-    """Have a call method tell the user's DSPy callbacks what DSPy's own would, and keep its type."""
-    dspys = inspect.signature(getattr(dspy.LM, method.__name__))
-    method.__signature__ = dspys  # type: ignore[attr-defined]  # what `inspect` looks for first
-    decorated: _Method = with_callbacks(method)
-    return decorated
-
-
-class ResilientLM(ClosedAtEnd, dspy.LM):
+class ResilientLM(ClosedAtEnd, Copyable):
     """A `dspy.LM` with a cache, a circuit breaker, retries, limits and fallbacks of its own.
 
     Takes every argument of `dspy.LM`, in the same order and with the same meaning, and can be used
@@ -139,7 +114,7 @@ class ResilientLM(ClosedAtEnd, dspy.LM):
         launch_kwargs: dict[str, Any] | None = None,
         train_kwargs: dict[str, Any] | None = None,
         use_developer_role: bool = False,
-        engine: Any = UNSET,
+        engine: Any = DEFAULT_ENGINE,
         async_engine: Any = None,
         prompt_cache: Any = None,
         *,
@@ -169,7 +144,7 @@ class ResilientLM(ClosedAtEnd, dspy.LM):
             on_event=on_event,
             shared=shared,
         )
-        if engine is UNSET:
+        if engine is DEFAULT_ENGINE:
             engine = "litellm" if prompt_cache is None else "auto"
         super().__init__(
             model=model,
@@ -199,7 +174,7 @@ class ResilientLM(ClosedAtEnd, dspy.LM):
     def _start(self, options: Options, fallbacks: dict[str, Any]) -> None:
         """Make the shared part: empty cache, closed circuits."""
         self._runtime = ClientState(options, folder=self._folder(options.cache))
-        self._primary = Target(self, self._runtime.routes, self._runtime, dspy.LM, self.history)
+        self._primary = Target(self, self._runtime.routes, self._runtime, LM, self.history)
         self._fallbacks = Fallbacks.build(self, self._runtime, fallbacks)
         self._is_rebuilt = False
         policy = self._runtime.circuit_policy
@@ -216,263 +191,6 @@ class ResilientLM(ClosedAtEnd, dspy.LM):
             "tenant": policy.tenant or tenant_of(setting("api_key", self, {})),
         }
         return functools.partial(disk_folder, policy, **configuration)
-
-    # The call
-
-    @_with_callbacks
-    def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
-        """Answer as `dspy.LM` does, from the cache, an identical call under way, or a target.
-
-        Blocks this thread. Takes `cache=`, `num_retries=`, `rollout_id=` and provider settings for
-        this one call.
-
-        Raises:
-            dspy.LMError: The provider's own error, or one of ours (see `dspy_resilient.errors`).
-        """
-        call = self._begin("__call__", prompt, messages, kwargs)
-        return self._run(call)
-
-    @_with_callbacks
-    async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
-        """Answer as `__call__` does, on the running event loop; cancelling leaves nothing behind."""
-        call = self._begin("acall", prompt, messages, kwargs)
-        return await self._arun(call)
-
-    if hasattr(dspy.LM, "generate"):  # from DSPy 3.5 on, what its adapters call
-
-        @_with_callbacks
-        def generate(self, request: Any, **kwargs: Any) -> Any:
-            """Answer a typed request as `dspy.LM.generate` does, under the same policies."""
-            return self._run(self._begin("generate", request, None, kwargs))
-
-        @_with_callbacks
-        async def agenerate(self, request: Any, **kwargs: Any) -> Any:
-            """Answer a typed request as `dspy.LM.agenerate` does, under the same policies."""
-            return await self._arun(self._begin("agenerate", request, None, kwargs))
-
-    def _run(self, call: Call) -> Any:
-        tracer = self._runtime.tracer
-        if tracer is None:
-            return self._complete(call)
-        with tracer.call(call):
-            return self._complete(call)
-
-    async def _arun(self, call: Call) -> Any:
-        tracer = self._runtime.tracer
-        if tracer is None:
-            return await self._acomplete(call)
-        with tracer.call(call):
-            return await self._acomplete(call)
-
-    def _complete(self, call: Call) -> Any:
-        started = self._runtime.begin("calls")
-        try:
-            steps = complete(call, self._runtime)
-            served = drive.run(steps, self._runtime.in_flight.call())
-        except BaseException as error:
-            self._finished(call, started, error=error)
-            raise
-        return self._hand_out(call, started, served)
-
-    async def _acomplete(self, call: Call) -> Any:
-        started = self._runtime.begin("calls")
-        try:
-            steps = complete(call, self._runtime)
-            served = await drive.arun(steps, self._runtime.in_flight.call())
-        except BaseException as error:
-            self._finished(call, started, error=error)
-            raise
-        return self._hand_out(call, started, served)
-
-    def _begin(self, method: str, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Call:
-        """Take our own keywords out of a call, and find its key."""
-        refuse_stream(kwargs)
-        own: dict[str, Any] = {
-            name: kwargs.pop(name) for name in ("cache", "num_retries") if name in kwargs
-        }
-        if own:
-            check_call_options(**own)
-        refuse_ours("a call", kwargs)
-        cache: bool | None = own.get("cache")
-        retries: Any = own.get("num_retries", self.num_retries)
-        if prompt is None and isinstance(kwargs.get("request"), dspy.lm15.Request):
-            prompt = kwargs.pop("request")
-        if isinstance(prompt, dspy.lm15.Request):
-            if prompt.model != self.model:  # as DSPy has it; a fallback's own attempt may differ
-                raise ValueError("Request.model must match LM.model")
-        elif messages is not None and not called_by_adapter(self, messages):
-            _warn_messages()
-        if messages is not None:
-            kwargs["messages"] = messages
-        if self._is_rebuilt:
-            check_credentials(self, kwargs)
-            for each in self._fallbacks.all():
-                check_credentials(each.lm, {})
-        args = () if prompt is None else (prompt,)
-        cached = self.cache if cache is None else cache
-        runtime = self._runtime
-        return Call(
-            method=method,
-            args=args,
-            kwargs=kwargs,
-            own=own,
-            key=key_of(self, method, args, kwargs, runtime.tenant) if cached else None,
-            targets=self._targets(),
-            special=self._fallbacks.special,
-            streams=dspy.settings.send_stream is not None,
-            may_wait=not is_sending()
-            and (method in ("acall", "agenerate") or not drive.on_a_loop()),
-            max_attempts=retries + 1,
-            max_wait=self.max_wait,
-            budget=float("inf") if self.deadline is None else self.deadline,
-        )
-
-    def _targets(self) -> tuple[Target, ...]:
-        primary = self._primary
-        if primary.lm is not self or primary.history is not self.history:
-            primary = self._primary = dataclasses.replace(primary, lm=self, history=self.history)
-        if self._fallbacks.history is not self.history:
-            self._fallbacks = self._fallbacks.recording(self.history)
-        return (primary, *self._fallbacks.general)
-
-    def lend_targets(self) -> tuple[Target, ...]:
-        """Return what another client may use as its fallbacks: targets, circuits, gates, limits."""
-        return self._targets()
-
-    def _hand_out(self, call: Call, started: float, served: Served) -> Any:
-        """Return the outputs of an answer; for a hit, write the history entry that DSPy would."""
-        answer = served.answer
-        if served.hit:
-            self._record_hit(call, served)
-        self._finished(call, started, hit=served.hit)
-        outputs = answer.fresh_outputs()
-        if not answer.key or served.hit or not isinstance(outputs, list):
-            return outputs
-        messages = call.kwargs.get("messages")
-        if not called_by_adapter(self, messages):
-            return outputs
-        return _OutputsForAdapter(outputs, lambda: self._runtime.cache.evict(answer.key))
-
-    def _record_hit(self, call: Call, served: Served) -> None:
-        tally = self._runtime.tally
-        tally.add("tokens_saved", served.answer.tokens)
-        tally.add("cost_saved", served.answer.cost or 0.0)
-        if dspy.settings.disable_history:
-            return
-        entry = entry_of_hit(call, served)
-        if entry is not None:
-            super().update_history(entry)
-
-    def _finished(
-        self, call: Call, started: float, *, hit: bool = False, error: BaseException | None = None
-    ) -> None:
-        runtime = self._runtime
-        if error is not None:
-            runtime.tally.add("errors")
-        if runtime.is_heard:
-            runtime.emit(
-                CallFinished,
-                seconds=runtime.clock() - started,
-                attempts=len(call.attempts),
-                cache_hit=hit,
-                error=type(error).__name__ if error is not None else None,
-            )
-
-    # Copies and saved state
-
-    def copy(self, **kwargs: Any) -> Self:
-        """Return a copy with other settings that is the same client: same circuit, cache, limits.
-
-        Raises:
-            TypeError: If `kwargs` names something that belongs to the client as a whole.
-        """
-        refuse_to_copy(kwargs)
-        own = ("max_wait", "deadline", "num_retries", "cache")
-        check_call_options(**{name: kwargs[name] for name in own if name in kwargs})
-        refuse_stream(kwargs)
-        copied: Self = super().copy(**kwargs)
-        if kwargs:
-            copied._fallbacks = self._fallbacks.vary(copied, self._runtime, kwargs)
-        return copied
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a copy that is the same client, with keywords of its own."""
-        twin: Self = copy.copy(self)
-        memo[id(self)] = twin
-        twin.kwargs = copy.deepcopy(self.kwargs, memo)
-        twin.callbacks = list(self.callbacks)
-        twin.history = list(self.history)
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle may hold: no runtime, no credential, no callable."""
-        state: dict[str, Any] = super().__getstate__()
-        state["kwargs"], secrets, lost = savable(self.kwargs)
-        state["_dropped"] = tuple(sorted({*self._dropped, *secrets}))
-        for name in TRAINING:
-            state[name], own, hooks = savable(state[name])
-            lost = (*lost, *own, *hooks)
-        if self.callbacks:
-            lost = (*lost, "callbacks")
-        for name in ("_runtime", "_primary", "_fallbacks", "_is_rebuilt"):
-            del state[name]
-        state["history"] = []
-        state["callbacks"] = []
-        state[STATE_KEY] = self._dump_options(lost)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild from a pickle with an empty runtime."""
-        state = dict(state)
-        options = load_options(state.pop(STATE_KEY), type(self), allow_custom=True)
-        super().__setstate__(state)
-        name = options.pop("name")
-        fallbacks = {each: options.pop(each) for each in FALLBACKS}
-        circuit = options.pop("circuit") or None
-        self._start(Options(name=name or self.model, circuit=circuit, **options), fallbacks)
-        self._is_rebuilt = True
-
-    def dump_state(self) -> dict[str, Any]:
-        """Return JSON-ready state that rebuilds this client, with no credential in it.
-
-        Warns once of what cannot be saved and will not be missed by a call: functions, and
-        credentials of `launch_kwargs` and `train_kwargs`.
-        """
-        state, secrets, lost = clean_state(super().dump_state(), self.kwargs)
-        state.setdefault("engine", self.engine)
-        state[STATE_KEY] = {
-            **self._dump_options(lost),
-            "dropped": sorted({*self._dropped, *secrets}),
-            "max_wait": self.max_wait,
-            "deadline": self.deadline,
-        }
-        return state
-
-    def _dump_options(self, lost: Iterable[str]) -> dict[str, Any]:
-        return dump_options(self._runtime.options, self._given_name, self._fallbacks.given, lost)
-
-    @classmethod
-    def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> Self:
-        """Rebuild a client from `dump_state()`, or from that of a plain `dspy.LM`.
-
-        Same policies, empty runtime. Credentials were never saved; they are read from the
-        environment when a call is made, and LMConfigurationError then names what is missing.
-        """
-        state = dict(state)
-        options = dict(state.pop(STATE_KEY, {}))
-        dropped = options.pop("dropped", ())
-        cached, retries = state.pop("cache", True), state.pop("num_retries", 3)
-        if options:
-            options = load_options(options, cls, allow_custom=allow_custom_lm_class)
-        else:
-            options["num_retries"] = retries
-        lm: Self = super().load_state(
-            {**state, **options}, allow_custom_lm_class=allow_custom_lm_class
-        )
-        lm.cache, lm.num_retries = cached, retries
-        lm._dropped = tuple(dropped)
-        lm._is_rebuilt = True
-        return lm
 
     # What the fallbacks can do too
 
@@ -575,7 +293,7 @@ class ResilientLM(ClosedAtEnd, dspy.LM):
                 with that request. None: they go on for as long as they need.
         """
         number(_ME, "grace", grace, optional=True)
-        self.refuse_calls()
+        self._refuse_calls()
         runtime = self._runtime
         if grace is not None and drive.on_a_loop():
             runtime.in_flight.end()
@@ -587,18 +305,18 @@ class ResilientLM(ClosedAtEnd, dspy.LM):
     async def aclose(self, grace: float | None = None) -> None:
         """Do as `close` does, without blocking, and close this event loop's connections too."""
         number(_ME, "grace", grace, optional=True)
-        self.refuse_calls()
+        self._refuse_calls()
         runtime = self._runtime
         if grace is not None:
             await drive.arun(drive.see_off(runtime.in_flight, grace), InFlight().call())
         runtime.close()
         await super().aclose()
 
-    def refuse_calls(self) -> None:
+    def _refuse_calls(self) -> None:
         """Refuse further calls with ClientClosedError, as the first step of closing."""
         self._runtime.closed = True
 
-    def run_attempts_apart(self) -> None:
+    def _run_attempts_apart(self) -> None:
         """Run each sync attempt on a thread of its own, so that its caller can be let go."""
         self._runtime.in_flight.are_endable = True
 
@@ -628,37 +346,3 @@ class ResilientLM(ClosedAtEnd, dspy.LM):
                 stacklevel=2,
             )
         super().update_history(entry)
-
-
-class _OutputsForAdapter(list[Any]):
-    """Outputs on their way to one of DSPy's adapters.
-
-    An adapter parses them in a loop. A loop that an error leaves drops its iterator before the
-    end, and so the answer that could not be parsed is forgotten: no callback is installed,
-    and a cached answer costs nothing.
-    """
-
-    def __init__(self, outputs: list[Any], evict: Any) -> None:
-        super().__init__(outputs)
-        self._evict = evict
-
-    def __iter__(self) -> Iterator[Any]:
-        parsed = False
-        try:
-            yield from super().__iter__()
-            parsed = True
-        finally:
-            if not parsed:
-                self._evict()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return list, (list(super().__iter__()),)
-
-
-def _warn_messages() -> None:
-    warnings.warn(
-        "messages= dictionaries are deprecated in DSPy 3.4 and removed in 3.5; pass a "
-        "dspy.lm15.Request, or a prompt",
-        DeprecationWarning,
-        stacklevel=5,
-    )

@@ -183,7 +183,7 @@ def _check(name: str, fallback: Any) -> Any:
 
 
 def _targets(primary: Any, runtime: ClientState, fallback: Any) -> Iterator[Target]:
-    lent = getattr(fallback, "lend_targets", None)
+    lent = getattr(fallback, "_lend_targets", None)
     if lent is not None:
         for target in lent():
             yield dataclasses.replace(

@@ -114,7 +114,7 @@ class Scenario:
 
     def look_at(self, name, lm):
         """Ask the client for everything that it can show of itself."""
-        targets = lm.lend_targets()
+        targets = lm._lend_targets()
         self.said[f"{name}: shown"] = "\n".join(
             [
                 *(repr(lm), str(lm), lm.explain(), repr(lm.stats()), repr(lm.cache_policy)),
@@ -408,7 +408,7 @@ def test_credentials_of_one_provider_never_reach_another(provider, make):
             timeout=5,
             fallbacks=["openai/backup", "mistral/backup"],
         )
-        for target in lm.lend_targets()[1:]:
+        for target in lm._lend_targets()[1:]:
             kept = {name for name, value in target.lm.kwargs.items() if value is not None}
             assert kept == {"temperature", "timeout"}
         assert second.count == 0

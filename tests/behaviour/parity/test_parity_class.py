@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 import subprocess
 import sys
 import warnings
@@ -45,15 +46,14 @@ def visible(lm):
 def test_every_parameter_is_there():
     """Each parameter of dspy.LM has its name, place and kind here; ours are keyword-only.
 
-    Wanted difference: `engine` is "litellm" where dspy.LM has "auto", and `num_retries` may be
-    left to `retry`; both default to a mark that says so.
+    Wanted difference: `engine` is "litellm" where dspy.LM has "auto", or "auto" if need be.
     """
     theirs = list(inspect.signature(dspy.LM).parameters.values())
     ours = list(inspect.signature(ResilientLM).parameters.values())
     shared = ours[: len(theirs) - 1]
     assert [(p.name, p.kind) for p in shared] == [(p.name, p.kind) for p in theirs[:-1]]
     differing = {p.name for p, q in zip(shared, theirs[:-1], strict=True) if p.default != q.default}
-    assert differing == {"engine", "num_retries"}
+    assert differing == {"engine"}
     extra = ours[len(theirs) - 1 : -1]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in extra)
     assert ours[-1].kind is theirs[-1].kind is inspect.Parameter.VAR_KEYWORD
@@ -351,3 +351,20 @@ def test_a_call_past_us_warns_once(compare):
         assert lm.copy().speak("q") == ["Paris"]
         assert len(lm.history) == 1
         assert lm("q") == ["Paris"]
+
+
+def test_help_shows_what_a_user_can_use():
+    """No mark of ours without a meaning, and no method that is there for other modules only."""
+    text = pydoc.render_doc(ResilientLM, renderer=pydoc.plaintext)
+    assert "<object" not in text
+    ours = {
+        name
+        for kind in ResilientLM.__mro__
+        if kind.__module__.startswith("dspy_resilient")
+        for name, value in vars(kind).items()
+        if not name.startswith("_") and not isinstance(value, (int, str))
+    }
+    assert ours - set(dir(dspy.LM)) == {
+        *("name", "cache_policy", "circuit", "circuits", "stats", "explain", "health"),
+        *("clear_cache", "reset", "restart"),
+    }

@@ -1,0 +1,246 @@
+"""Where a user's call comes in and its answer goes out: DSPy's public call methods.
+
+A call becomes a `Call`, which `pipeline.call.complete` answers; this module takes our own keywords
+out of it before, and after it gives back what DSPy would: outputs, history entry, callbacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import dspy
+from dspy.clients.lm import LM  # by reference: a program may put another class at dspy.LM
+from dspy.utils.callback import with_callbacks
+
+from dspy_resilient.events import CallFinished
+from dspy_resilient.lm.history import entry_of_hit
+from dspy_resilient.lm.options import check_call_options, refuse_ours, refuse_stream
+from dspy_resilient.lm.saving import check_credentials
+from dspy_resilient.pipeline import drivers as drive
+from dspy_resilient.pipeline.attempt import called_by_adapter, is_sending
+from dspy_resilient.pipeline.call import complete
+from dspy_resilient.pipeline.state import Call, Served
+from dspy_resilient.targets.target import Target, key_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.targets.fallbacks import Fallbacks
+
+_Method = TypeVar("_Method", bound="Callable[..., Any]")
+
+
+def _with_callbacks(method: _Method) -> _Method:
+    """Have a call method tell the user's DSPy callbacks what DSPy's own would, and keep its type."""
+    dspys = inspect.signature(getattr(LM, method.__name__))
+    method.__signature__ = dspys  # type: ignore[attr-defined]  # what `inspect` looks for first
+    decorated: _Method = with_callbacks(method)
+    return decorated
+
+
+class CallEntry(LM):
+    """A `dspy.LM` whose calls go through the pipeline."""
+
+    max_wait: float
+    deadline: float | None
+    _runtime: ClientState
+    _primary: Target
+    _fallbacks: Fallbacks
+    _is_rebuilt: bool
+
+    @_with_callbacks
+    def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """Answer as `dspy.LM` does, from the cache, an identical call under way, or a target.
+
+        Blocks this thread. Takes `cache=`, `num_retries=`, `rollout_id=` and provider settings for
+        this one call.
+
+        Raises:
+            dspy.LMError: The provider's own error, or one of ours (see `dspy_resilient.errors`).
+        """
+        call = self._begin("__call__", prompt, messages, kwargs)
+        return self._run(call)
+
+    @_with_callbacks
+    async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """Answer as `__call__` does, on the running event loop; cancelling leaves nothing behind."""
+        call = self._begin("acall", prompt, messages, kwargs)
+        return await self._arun(call)
+
+    if hasattr(LM, "generate"):  # from DSPy 3.5 on, what its adapters call
+
+        @_with_callbacks
+        def generate(self, request: Any, **kwargs: Any) -> Any:
+            """Answer a typed request as `dspy.LM.generate` does, under the same policies."""
+            return self._run(self._begin("generate", request, None, kwargs))
+
+        @_with_callbacks
+        async def agenerate(self, request: Any, **kwargs: Any) -> Any:
+            """Answer a typed request as `dspy.LM.agenerate` does, under the same policies."""
+            return await self._arun(self._begin("agenerate", request, None, kwargs))
+
+    def _run(self, call: Call) -> Any:
+        tracer = self._runtime.tracer
+        if tracer is None:
+            return self._complete(call)
+        with tracer.call(call):
+            return self._complete(call)
+
+    async def _arun(self, call: Call) -> Any:
+        tracer = self._runtime.tracer
+        if tracer is None:
+            return await self._acomplete(call)
+        with tracer.call(call):
+            return await self._acomplete(call)
+
+    def _complete(self, call: Call) -> Any:
+        started = self._runtime.begin("calls")
+        try:
+            steps = complete(call, self._runtime)
+            served = drive.run(steps, self._runtime.in_flight.call())
+        except BaseException as error:
+            self._finished(call, started, error=error)
+            raise
+        return self._hand_out(call, started, served)
+
+    async def _acomplete(self, call: Call) -> Any:
+        started = self._runtime.begin("calls")
+        try:
+            steps = complete(call, self._runtime)
+            served = await drive.arun(steps, self._runtime.in_flight.call())
+        except BaseException as error:
+            self._finished(call, started, error=error)
+            raise
+        return self._hand_out(call, started, served)
+
+    def _begin(self, method: str, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Call:
+        """Take our own keywords out of a call, and find its key."""
+        refuse_stream(kwargs)
+        own: dict[str, Any] = {
+            name: kwargs.pop(name) for name in ("cache", "num_retries") if name in kwargs
+        }
+        if own:
+            check_call_options(**own)
+        refuse_ours("a call", kwargs)
+        cache: bool | None = own.get("cache")
+        retries: Any = own.get("num_retries", self.num_retries)
+        if prompt is None and isinstance(kwargs.get("request"), dspy.lm15.Request):
+            prompt = kwargs.pop("request")
+        if isinstance(prompt, dspy.lm15.Request):
+            if prompt.model != self.model:  # as DSPy has it; a fallback's own attempt may differ
+                raise ValueError("Request.model must match LM.model")
+        elif messages is not None and not called_by_adapter(self, messages):
+            _warn_messages()
+        if messages is not None:
+            kwargs["messages"] = messages
+        if self._is_rebuilt:
+            check_credentials(self, kwargs)
+            for each in self._fallbacks.all():
+                check_credentials(each.lm, {})
+        args = () if prompt is None else (prompt,)
+        cached = self.cache if cache is None else cache
+        runtime = self._runtime
+        return Call(
+            method=method,
+            args=args,
+            kwargs=kwargs,
+            own=own,
+            key=key_of(self, method, args, kwargs, runtime.tenant) if cached else None,
+            targets=self._targets(),
+            special=self._fallbacks.special,
+            streams=dspy.settings.send_stream is not None,
+            may_wait=not is_sending()
+            and (method in ("acall", "agenerate") or not drive.on_a_loop()),
+            max_attempts=retries + 1,
+            max_wait=self.max_wait,
+            budget=float("inf") if self.deadline is None else self.deadline,
+        )
+
+    def _targets(self) -> tuple[Target, ...]:
+        primary = self._primary
+        if primary.lm is not self or primary.history is not self.history:
+            primary = self._primary = dataclasses.replace(primary, lm=self, history=self.history)
+        if self._fallbacks.history is not self.history:
+            self._fallbacks = self._fallbacks.recording(self.history)
+        return (primary, *self._fallbacks.general)
+
+    def _lend_targets(self) -> tuple[Target, ...]:
+        """Return what another client may use as its fallbacks: targets, circuits, gates, limits."""
+        return self._targets()
+
+    def _hand_out(self, call: Call, started: float, served: Served) -> Any:
+        """Return the outputs of an answer; for a hit, write the history entry that DSPy would."""
+        answer = served.answer
+        if served.hit:
+            self._record_hit(call, served)
+        self._finished(call, started, hit=served.hit)
+        outputs = answer.fresh_outputs()
+        if not answer.key or served.hit or not isinstance(outputs, list):
+            return outputs
+        messages = call.kwargs.get("messages")
+        if not called_by_adapter(self, messages):
+            return outputs
+        return _OutputsForAdapter(outputs, lambda: self._runtime.cache.evict(answer.key))
+
+    def _record_hit(self, call: Call, served: Served) -> None:
+        tally = self._runtime.tally
+        tally.add("tokens_saved", served.answer.tokens)
+        tally.add("cost_saved", served.answer.cost or 0.0)
+        if dspy.settings.disable_history:
+            return
+        entry = entry_of_hit(call, served)
+        if entry is not None:
+            super().update_history(entry)
+
+    def _finished(
+        self, call: Call, started: float, *, hit: bool = False, error: BaseException | None = None
+    ) -> None:
+        runtime = self._runtime
+        if error is not None:
+            runtime.tally.add("errors")
+        if runtime.is_heard:
+            runtime.emit(
+                CallFinished,
+                seconds=runtime.clock() - started,
+                attempts=len(call.attempts),
+                cache_hit=hit,
+                error=type(error).__name__ if error is not None else None,
+            )
+
+
+class _OutputsForAdapter(list[Any]):
+    """Outputs on their way to one of DSPy's adapters.
+
+    An adapter parses them in a loop. A loop that an error leaves drops its iterator before the
+    end, and so the answer that could not be parsed is forgotten: no callback is installed,
+    and a cached answer costs nothing.
+    """
+
+    def __init__(self, outputs: list[Any], evict: Any) -> None:
+        super().__init__(outputs)
+        self._evict = evict
+
+    def __iter__(self) -> Iterator[Any]:
+        parsed = False
+        try:
+            yield from super().__iter__()
+            parsed = True
+        finally:
+            if not parsed:
+                self._evict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(super().__iter__()),)
+
+
+def _warn_messages() -> None:
+    warnings.warn(
+        "messages= dictionaries are deprecated in DSPy 3.4 and removed in 3.5; pass a "
+        "dspy.lm15.Request, or a prompt",
+        DeprecationWarning,
+        stacklevel=5,
+    )
