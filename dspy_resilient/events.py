@@ -29,13 +29,11 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dspy_resilient._support.fork import renew_after_fork
+from dspy_resilient._support.deliverer import Deliverer
 
 logger = logging.getLogger("dspy_resilient")
 
@@ -200,58 +198,19 @@ _BASE = {f.name for f in fields(Event)}
 _KEEPING = (logging.FileHandler, logging.NullHandler)
 
 
-class Hub:
-    """Delivers events to one listener and the log, in order, with nobody waiting meanwhile.
-
-    Whoever finds nobody delivering drains the queue; everybody else only appends. So a slow
-    listener delays at most the thread that is delivering, and events never overtake each other.
-    A listener may make calls of its own; what they cause it hears once it has returned.
-    """
-
-    def __init__(self, listener: Listener | None = None) -> None:
-        self.listener = listener
-        self._queue: deque[Event] = deque()
-        self.renew()
-        renew_after_fork(self)
-        self._warned = False
+class Hub(Deliverer):
+    """Delivers what happens to a client to its listener, and each change of state to the log."""
 
     def wants(self, kind: type[Event]) -> bool:
-        """Whether anybody would hear of an event of this kind."""
+        """Whether an event of this kind would be heard or logged."""
         return self.listener is not None or kind in _STATE_CHANGES
-
-    def emit(self, event: Event) -> None:
-        """Queue `event` and deliver what is queued, unless somebody already does."""
-        self._queue.append(event)
-        baton = self._delivering  # the same to the end, even if the listener forks
-        while self._queue and baton.acquire(blocking=False):
-            try:
-                while self._queue:
-                    self._deliver(self._queue.popleft())
-            finally:
-                baton.release()
-
-    def renew(self) -> None:
-        """Begin anew in a forked child: what is queued, the parent delivers."""
-        self._queue.clear()
-        self._delivering = threading.Lock()
 
     def _deliver(self, event: Event) -> None:
         if isinstance(event, _STATE_CHANGES):
             line = _log(event)
             if isinstance(event, WaitStarted):
                 _show(line)
-        if self.listener is None:
-            return
-        try:
-            self.listener(event)
-        except Exception:
-            if not self._warned:
-                self._warned = True
-                logger.exception(
-                    "dspy_resilient.listener_failed client=%s",
-                    event.client,
-                    extra={"event": "dspy_resilient.listener_failed", "client": event.client},
-                )
+        super()._deliver(event)
 
 
 def name_of(event: Event) -> str:

@@ -11,14 +11,12 @@ import threading
 from abc import abstractmethod
 from collections import OrderedDict, deque
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dspy_resilient.events import logger
+from dspy_resilient._support.deliverer import Deliverer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from dspy_resilient.events import Event, Listener
 
 
 _SAME = 1.0  # seconds by which two readings of the end of one wait may differ
@@ -65,20 +63,21 @@ class LeaseTable:
 class Notifier:
     """What others must hear once their owner's lock is released: waiters and events.
 
-    Under the lock, `call` picks waiters and `note` keeps events; without it, `send` resolves the
-    former and delivers the latter. Events reach the listener in the order in which they were
-    noted, one at a time, on a thread that happens to send; a fault of the listener is logged once.
+    Under the lock, `call` picks waiters and `note` queues events; without it, `send` resolves the
+    former and delivers the latter.
+
+    Args:
+        listener: Called with each event, or the `Deliverer` of the client, or None.
     """
 
-    __slots__ = ("_called", "_delivering", "_events", "_faulty", "_line", "_listener", "pending")
+    __slots__ = ("_called", "_deliverer", "_line", "pending")
 
-    def __init__(self, listener: Listener | None) -> None:
-        self._listener = listener
+    def __init__(self, listener: Callable[[Any], object] | None) -> None:
+        if listener is not None and not isinstance(listener, Deliverer):
+            listener = Deliverer(listener)
+        self._deliverer = listener
         self._line: OrderedDict[Future[None], None] = OrderedDict()
         self._called: deque[Future[None]] = deque()
-        self._events: deque[Event] = deque()
-        self._delivering = threading.Lock()
-        self._faulty = False
         self.pending = False  # whether there may be anything to send
 
     @property
@@ -105,42 +104,32 @@ class Notifier:
                 self.pending = True
                 count -= 1
 
-    def note(self, event: Event) -> None:
-        """Keep `event` for the listener, if there is one; needs the lock."""
-        if self._listener is not None:
-            self._events.append(event)
+    def note(self, event: Any) -> None:
+        """Queue `event` for the listener, if there is one; needs the lock."""
+        if self._deliverer is not None:
+            self._deliverer.note(event)
             self.pending = True
 
     def renew(self) -> None:
         """Forget everything: in a forked child nobody waits."""
-        self._delivering = threading.Lock()
-        for kept in (self._line, self._called, self._events):
-            kept.clear()
+        self._line.clear()
+        self._called.clear()
 
     def send(self) -> None:
         """Resolve the called waiters and deliver the events; without the lock."""
         self.pending = False
-        while self._called:
-            try:
-                waiter = self._called.popleft()
-            except IndexError:  # another thread was quicker
-                break
-            waiter.set_result(None)
-        while self._events and self._delivering.acquire(blocking=False):
-            try:
-                while self._events:
-                    self._deliver(self._events.popleft())
-            finally:
-                self._delivering.release()
-
-    def _deliver(self, event: Event) -> None:
-        assert self._listener is not None
         try:
-            self._listener(event)
-        except Exception:  # noqa: BLE001  # somebody's bug, which must not become an outage
-            if not self._faulty:
-                self._faulty = True
-                logger.exception("dspy_resilient.listener_failed", extra={"client": event.client})
+            while self._called:
+                try:
+                    waiter = self._called.popleft()
+                except IndexError:  # another thread was quicker
+                    break
+                waiter.set_result(None)
+            if self._deliverer is not None:
+                self._deliverer.send()
+        except BaseException:  # Ctrl-C
+            self.pending = True
+            raise
 
 
 class WaitQueue:
@@ -151,7 +140,7 @@ class WaitQueue:
 
     _told_until = -math.inf
 
-    def _set_up(self, clock: Callable[[], float], listener: Listener | None) -> None:
+    def _set_up(self, clock: Callable[[], float], listener: Callable[[Any], object] | None) -> None:
         self._clock = clock
         # Re-entrant: the garbage collector may close an abandoned generator on this very thread
         # while it is in here, and the generator then reports its permit.

@@ -88,7 +88,7 @@ class ClientState:
         self.connections = providers.Connections()
         self.in_flight = InFlight(options.name)
         self.flights = self._new_flights()
-        self.worker = Worker()
+        self.worker = Worker("disk")
         self.shared_state = self._join_fleet()
         self.cache = self._new_cache(folder)
         shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
@@ -134,7 +134,7 @@ class ClientState:
             "target": label,
             "clock": self.clock,
             "random": self.random,
-            "listener": self.hub.emit,
+            "listener": self.hub,
             "client": self.name,
         }
         if self.shared_state is None or way is None:
@@ -147,7 +147,7 @@ class ClientState:
             "max_retry_after": self.retry.max_retry_after,
             "clock": self.clock,
             "random": self.random,
-            "listener": self.hub.emit,
+            "listener": self.hub,
             "client": self.name,
             "target": label,
         }
@@ -214,7 +214,7 @@ class ClientState:
             if self.tracer is not None:
                 self.tracer.note(event)
             if wanted:
-                self.hub.emit(event)
+                self.hub(event)
 
     def backoff(self, failures: int) -> float:
         """Return the wait after the given number of earlier failures: full jitter."""

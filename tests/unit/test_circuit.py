@@ -981,7 +981,7 @@ def test_failing_listener_breaks_nothing_and_is_logged_once(make, caplog):
             breaker.reset()
     assert breaker.closed
     (record,) = caplog.records
-    assert (record.msg, record.client) == ("dspy_resilient.listener_failed", "fast")
+    assert (record.event, record.client) == ("dspy_resilient.listener_failed", "fast")
     assert record.exc_info[0] is KeyError
 
 

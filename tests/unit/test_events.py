@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import io
 import logging
 import os
 import pickle
 import re
+import sys
 import threading
+import time
 
 import pytest
 
-from dspy_resilient import events
+from dspy_resilient import CircuitBreaker, CircuitPolicy, events
+from dspy_resilient._support import deliverer, turns, worker
 from dspy_resilient.events import (
     CallFinished,
     CircuitClosed,
@@ -75,6 +79,14 @@ def in_threads(*bodies):
         assert not thread.is_alive(), "a thread is stuck"
 
 
+def eventually(claim):
+    """Whether `claim()` holds within 20 seconds."""
+    end = time.monotonic() + 20
+    while not claim() and time.monotonic() < end:
+        time.sleep(0.001)
+    return claim()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_event_is_a_frozen_fact(kind):
     """Nobody can change what happened; equal facts are equal."""
@@ -108,7 +120,7 @@ def test_one_listener_hears_everything_in_order():
     heard = []
     hub = Hub(heard.append)
     for number in range(100):
-        hub.emit(numbered(number))
+        hub(numbered(number))
     assert heard == [numbered(number) for number in range(100)]
 
 
@@ -129,12 +141,12 @@ def test_events_of_many_threads_never_overtake_each_other():
         def body():
             barrier.wait()
             for number in range(200):
-                hub.emit(sample(RetryScheduled, client=str(thread), attempt=number))
+                hub(sample(RetryScheduled, client=str(thread), attempt=number))
 
         return body
 
     in_threads(*(emit_from(thread) for thread in range(8)))
-    assert len(heard) == 1600
+    assert eventually(lambda: len(heard) == 1600)
     for thread in range(8):
         assert [e.attempt for e in heard if e.client == str(thread)] == list(range(200))
 
@@ -150,14 +162,152 @@ def test_a_blocking_listener_blocks_nobody_else():
             go_on.wait(20)
 
     hub = Hub(listen)
-    stuck = threading.Thread(target=lambda: hub.emit(numbered(0)), daemon=True)
+    stuck = threading.Thread(target=lambda: hub(numbered(0)), daemon=True)
     stuck.start()
     assert entered.wait(20)
-    in_threads(lambda: hub.emit(numbered(1)), lambda: hub.emit(numbered(2)))
+    in_threads(lambda: hub(numbered(1)), lambda: hub(numbered(2)))
     assert heard == [0]
     go_on.set()
     stuck.join(20)
-    assert sorted(heard) == [0, 1, 2]
+    assert eventually(lambda: sorted(heard) == [0, 1, 2])
+
+
+def test_a_caller_waits_for_its_own_events_only():
+    """What other callers noted while a slow listener was busy is left to a thread that ends idle."""
+    entered, go_on, may_end = (threading.Event() for _ in range(3))
+    heard = []
+
+    def listen(event):
+        if event.attempt == 0:
+            entered.set()
+            assert go_on.wait(20)
+        elif event.attempt == 1:
+            assert may_end.wait(20)
+        heard.append((event.attempt, threading.current_thread().name))
+
+    hub = Hub(listen)
+    slow = threading.Thread(target=lambda: hub(numbered(0)), name="slow", daemon=True)
+    slow.start()
+    assert entered.wait(20)
+    in_threads(lambda: hub(numbered(1)), lambda: hub(numbered(2)))
+    time.sleep(0.1)  # longer than a quick listener takes
+    go_on.set()
+    slow.join(20)
+    assert not slow.is_alive(), "held up by what others have noted"
+    assert heard == [(0, "slow")]
+    hub(numbered(3))  # behind them: nothing overtakes
+    may_end.set()
+    assert eventually(lambda: len(heard) == 4)
+    assert [name for _, name in heard] == ["slow", "events", "events", "events"]
+    assert [number for number, _ in heard] == [0, 1, 2, 3]
+
+
+def test_what_waits_for_a_slow_listener_is_bounded(monkeypatch, caplog):
+    """The oldest events make room; they are counted, and the log says so once."""
+    monkeypatch.setattr(deliverer, "MOST_QUEUED", 10)
+    entered, go_on, heard = threading.Event(), threading.Event(), []
+
+    def listen(event):
+        entered.set()
+        assert go_on.wait(20)
+        heard.append(event.attempt)
+
+    hub = Hub(listen)
+    threading.Thread(target=lambda: hub(numbered(0)), daemon=True).start()
+    assert entered.wait(20)
+    for number in range(1, 31):
+        hub(numbered(number))
+    go_on.set()
+    assert eventually(lambda: len(heard) == 11)
+    assert heard == [0, *range(21, 31)]
+    assert hub.dropped == 20
+    (record,) = caplog.records
+    assert record.event == "dspy_resilient.events_dropped"
+
+
+def test_ctrl_c_at_any_instruction_leaves_events_deliverable():
+    """However a caller is stopped, the next event arrives, and in order; one may be lost at most.
+
+    Every instruction of an emission that a debugger can stop at is struck once, which is stricter
+    than a signal: Python looks for those at some instructions only.
+    """
+    files = {each.__file__ for each in (deliverer, turns, worker, events)}
+    codes = set()
+
+    def struck(at):
+        heard, left = [], [at]
+        hub = Hub(lambda event: heard.append(event.attempt))
+
+        def trace(frame, what, _):
+            if frame.f_code.co_filename not in files:
+                return None
+            frame.f_trace_opcodes = True
+            if what == "opcode":
+                codes.add(frame.f_code.co_name)
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        was_struck = False
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            hub(numbered(0))
+        except KeyboardInterrupt:
+            was_struck = True
+        finally:
+            sys.settrace(before)
+        in_threads(lambda: hub(numbered(1)))
+        assert eventually(lambda: 1 in heard), f"instruction {at}: nothing is delivered any more"
+        assert heard in ([0, 1], [1]), f"instruction {at}"
+        return was_struck
+
+    at = 1
+    while struck(at):
+        at += 1
+    assert at > 100
+    assert {"__call__", "note", "send", "take", "_drain", "_deliver"} <= codes
+
+
+def test_ctrl_c_by_another_thread_leaves_events_deliverable():
+    """The same for interrupts as the interpreter delivers them, at a time of their own."""
+    hub = Hub(lambda event: heard.append(event.attempt))
+    heard, struck, interrupt = [], 0, ctypes.pythonapi.PyThreadState_SetAsyncExc
+    for number in range(200):
+        start, end = threading.Event(), threading.Event()
+
+        def body(start=start, end=end):
+            with contextlib.suppress(KeyboardInterrupt):
+                start.set()
+                while not end.is_set():
+                    hub(numbered(-1))
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+        assert start.wait(20)
+        time.sleep(number % 7 * 1e-4)
+        struck += interrupt(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+        thread.join(20)
+        assert not thread.is_alive(), "the interrupt has left it stuck"
+        hub(numbered(number))
+        assert eventually(lambda: number in heard), "nothing is delivered any more"  # noqa: B023
+    assert struck == 200
+
+
+@pytest.mark.parametrize("listener", [None, Hub])
+def test_circuit_and_gate_deliver_through_the_clients_own(listener):
+    """There is one deliverer: what a circuit notes never overtakes what a call does."""
+    heard = []
+    hub = Hub(heard.append) if listener else None
+    circuit = CircuitBreaker(CircuitPolicy(), listener=hub or heard.append)
+    circuit.trip()
+    if hub:
+        hub(numbered(1))
+    circuit.reset()
+    kinds = [type(event).__name__ for event in heard]
+    expected = ["CircuitOpened", "RetryScheduled", "CircuitClosed"]
+    assert kinds == [each for each in expected if hub or each != "RetryScheduled"]
 
 
 def test_a_listener_may_emit():
@@ -169,11 +319,11 @@ def test_a_listener_may_emit():
         depth.append(1)
         heard.append(event.attempt)
         if event.attempt < 3:
-            hub.emit(numbered(event.attempt + 1))
+            hub(numbered(event.attempt + 1))
         depth.pop()
 
     hub = Hub(listen)
-    hub.emit(numbered(0))
+    hub(numbered(0))
     assert heard == [0, 1, 2, 3]
 
 
@@ -184,11 +334,11 @@ def test_a_listener_may_wait_for_a_thread_that_emits():
     def listen(event):
         heard.append(event.attempt)
         if event.attempt == 0:
-            in_threads(lambda: hub.emit(numbered(1)))
+            in_threads(lambda: hub(numbered(1)))
 
     hub = Hub(listen)
-    hub.emit(numbered(0))
-    assert heard == [0, 1]
+    hub(numbered(0))
+    assert eventually(lambda: heard == [0, 1])
 
 
 def test_a_failing_listener_breaks_nothing_and_is_logged_once(caplog):
@@ -201,7 +351,7 @@ def test_a_failing_listener_breaks_nothing_and_is_logged_once(caplog):
 
     hub = Hub(listen)
     for number in range(3):
-        hub.emit(numbered(number))
+        hub(numbered(number))
     assert len(heard) == 3
     (record,) = caplog.records
     assert record.event == "dspy_resilient.listener_failed"
@@ -220,8 +370,8 @@ def test_what_is_no_error_of_a_listener_goes_through():
 
     hub = Hub(listen)
     with pytest.raises(KeyboardInterrupt):
-        hub.emit(numbered(0))
-    hub.emit(numbered(1))
+        hub(numbered(0))
+    hub(numbered(1))
     assert heard == [0, 1]
 
 
@@ -237,7 +387,7 @@ def test_a_change_of_state_is_one_line_with_its_name_and_facts(kind, caplog):
     """The event's name is fixed text and the facts are extra."""
     caplog.set_level(logging.DEBUG, logger="dspy_resilient")
     event = sample(kind)
-    Hub().emit(event)
+    Hub()(event)
     (record,) = caplog.records
     assert record.name == "dspy_resilient"
     assert record.event.startswith("dspy_resilient.")
@@ -251,7 +401,7 @@ def test_a_change_of_state_is_one_line_with_its_name_and_facts(kind, caplog):
 def test_what_one_call_met_is_not_logged(kind, caplog):
     """A log line per state change, never one per call."""
     caplog.set_level(logging.DEBUG, logger="dspy_resilient")
-    Hub().emit(sample(kind))
+    Hub()(sample(kind))
     assert not caplog.records
 
 
@@ -278,7 +428,7 @@ def shown(monkeypatch, *kinds, handler=None, level=logging.INFO, terminal=None):
     monkeypatch.setattr(events, "logger", logger)
     with contextlib.redirect_stderr(terminal or Terminal()) as stderr:
         for kind in kinds:
-            Hub().emit(sample(kind))
+            Hub()(sample(kind))
     return stderr.getvalue()
 
 
@@ -318,7 +468,7 @@ def test_trouble_is_a_warning_and_its_end_is_not(caplog):
     """An operator's filter by level finds what needs a look."""
     caplog.set_level(logging.DEBUG, logger="dspy_resilient")
     for kind in CHANGES:
-        Hub().emit(sample(kind))
+        Hub()(sample(kind))
     levels = {record.event.rpartition(".")[2]: record.levelno for record in caplog.records}
     assert levels == {
         "circuit_opened": logging.WARNING,
@@ -353,12 +503,12 @@ def test_a_renewed_hub_delivers_again():
             go_on.wait(20)
 
     hub = Hub(listen)
-    stuck = threading.Thread(target=lambda: hub.emit(numbered(0)), daemon=True)
+    stuck = threading.Thread(target=lambda: hub(numbered(0)), daemon=True)
     stuck.start()
     assert entered.wait(20)
-    hub.emit(numbered(1))
+    hub(numbered(1))
     hub.renew()  # what happens in the child, whose parent will deliver number 1
-    hub.emit(numbered(2))
+    hub(numbered(2))
     assert heard == [0, 2]
     go_on.set()
     stuck.join(20)
@@ -379,8 +529,8 @@ def test_a_listener_may_fork():
     hub = Hub(listen)
     parent = os.getpid()
     try:
-        hub.emit(numbered(0))
-        hub.emit(numbered(1))
+        hub(numbered(0))
+        hub(numbered(1))
     finally:
         if os.getpid() != parent:
             os._exit(0 if heard == [0, 1] else 1)

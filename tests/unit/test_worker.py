@@ -13,7 +13,7 @@ PATIENCE = 10
 def test_work_is_done_in_order_on_one_thread_of_its_own():
     """The thread starts with the first piece of work, and nothing runs on the caller's."""
     before = set(threading.enumerate())
-    worker = Worker()
+    worker = Worker("test")
     assert set(threading.enumerate()) <= before
     results = [worker.do(threading.get_ident) for _ in range(20)]
     threads = {result.result(PATIENCE) for result in results}
@@ -23,7 +23,7 @@ def test_work_is_done_in_order_on_one_thread_of_its_own():
 
 def test_callers_that_start_together_start_one_thread():
     """However many loops ask first, there is one thread."""
-    worker, start = Worker(), threading.Barrier(16)
+    worker, start = Worker("test"), threading.Barrier(16)
     found = []
 
     def caller():
@@ -41,7 +41,7 @@ def test_callers_that_start_together_start_one_thread():
 
 def test_error_goes_to_whoever_waits_and_the_thread_goes_on():
     """A fault ends neither the thread nor anybody else's work."""
-    worker = Worker()
+    worker = Worker("test")
 
     def fault():
         raise SystemExit
@@ -55,7 +55,7 @@ def test_error_goes_to_whoever_waits_and_the_thread_goes_on():
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_forked_child_has_a_thread_of_its_own():
     """The parent's thread does not exist in a child, and is not waited for there."""
-    worker = Worker()
+    worker = Worker("test")
     worker.do(int).result(PATIENCE)
     child = os.fork()
     if child == 0:
@@ -68,7 +68,7 @@ def test_forked_child_has_a_thread_of_its_own():
 
 def test_thread_without_work_ends_and_another_takes_over():
     """A client that is not used any more keeps no thread."""
-    worker = Worker(idle=0.01)
+    worker = Worker("test", idle=0.01)
     thread = worker.do(threading.current_thread).result(PATIENCE)
     thread.join(PATIENCE)
     assert not thread.is_alive()
