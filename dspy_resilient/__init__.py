@@ -46,3 +46,12 @@ __all__ = [
 
 # Saved programs name the class by its module: it must not change when files move.
 ResilientLM.__module__ = "dspy_resilient"
+
+
+def __getattr__(name: str) -> str:
+    """Return `__version__`, which is looked up when it is asked for: that takes a moment."""
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415  # not at every import
+
+        return version("dspy-resilient")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

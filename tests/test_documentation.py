@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import logging
 import pkgutil
 import re
 from pathlib import Path
@@ -14,56 +15,81 @@ import pytest
 
 import dspy_resilient
 
-README = Path(__file__).parents[1] / "README.md"
-RECIPES = README.with_name("RECIPES.md")
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python(?: title=.*)?\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+SAID = {
+    "README.md": ("Paris", "closed", "nothing was sent: maintenance"),
+    "docs/how-to/serving.md": ("(200, {}, 'Paris')",),
+    "docs/how-to/errors.md": ("left alone because of maintenance", "the program is shutting down"),
+    "docs/how-to/many-workers.md": ("1 request for 100 answers",),
+    "docs/how-to/watching.md": ("is left alone for", "dspy_resilient_calls_total"),
+    "docs/how-to/maintenance.md": ("(migration)", "ready"),
+}
 
 
-def run_blocks(page):
-    """Run each Python block of a page, in order."""
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 3
-    namespace = {}
-    try:
-        for block in blocks:
-            exec(compile(block, page.name, "exec"), namespace)
-    finally:
-        dspy.configure(lm=None)
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
 
 
-def test_the_readmes_code_runs(provider, monkeypatch, capsys):
-    """Each Python block of the README, in order, against a provider found in the environment."""
-    monkeypatch.setenv("OPENAI_API_BASE", provider.api_base)
-    provider.answer = lambda body: "[[ ## answer ## ]]\nParis\n\n[[ ## completed ## ]]"
-    run_blocks(README)
-    shown = capsys.readouterr().out
-    assert "Paris" in shown
-    assert "closed" in shown
-    assert "nothing was sent: maintenance" in shown
+def blocks_of(page):
+    """Yield the Python blocks of a page, each with as many empty lines before it as the page has."""
+    text = page.read_text()
+    for found in BLOCK.finditer(text):
+        if "--8<--" not in found[1]:
+            yield "\n" * text.count("\n", 0, found.start(1)) + found[1]
 
 
-def test_the_recipes_code_runs(provider, monkeypatch, capsys):
-    """Each block of the recipes, in order, against providers found in the environment."""
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks_of(page))], ids=name_of)
+def test_the_code_of_a_page_runs(page, provider, monkeypatch, capsys):
+    """Each Python block, in order, against providers found in the environment."""
     monkeypatch.setenv("OPENAI_API_BASE", provider.api_base)
     monkeypatch.setenv("OLLAMA_API_BASE", provider.base("ollama"))
+    monkeypatch.setattr(logging.getLogger("dspy_resilient"), "level", logging.WARNING)
     provider.answer = lambda body: "[[ ## answer ## ]]\nParis\n\n[[ ## completed ## ]]"
-    run_blocks(RECIPES)
+    namespace = {"__name__": "page"}
+    try:
+        for block in blocks_of(page):
+            exec(compile(block, str(page), "exec"), namespace)
+    finally:
+        dspy.configure(lm=None)
+        for value in namespace.values():
+            if isinstance(value, dspy_resilient.ResilientLM):
+                value.close(grace=0)
     shown = capsys.readouterr().out
-    for words in (
-        "(200, {}, 'Paris')",
-        "left alone because of maintenance",
-        "the program is shutting down",
-        "1 request for 100 answers",
-        "is left alone for",
-        "dspy_resilient_calls_total",
-        "forced open for 0.0 s (migration), for 10 min more",
-    ):
+    for words in SAID.get(name_of(page), ()):
         assert words in shown, words
+
+
+def test_the_pages_that_must_say_something_exist():
+    """A page that was moved takes what it must say along."""
+    assert set(SAID) <= {name_of(page) for page in PAGES}
+
+
+def test_every_page_is_in_the_navigation():
+    """A page that a reader cannot find is not written."""
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+
+
+def test_every_error_has_its_way_out():
+    """Troubleshooting has a line for each error class of the package."""
+    table = (ROOT / "docs/troubleshooting.md").read_text().partition("## Every error")[2]
+    errors = [
+        name
+        for name in dspy_resilient.__all__
+        if isinstance(getattr(dspy_resilient, name), type)
+        and issubclass(getattr(dspy_resilient, name), Exception)
+    ]
+    assert errors
+    assert [name for name in errors if f"| `{name}` |" not in table] == []
 
 
 def test_every_public_name_is_shown_in_use():
     """A reader finds an example of each, in a page or in a docstring."""
-    pages = "".join(page.read_text() for page in (README, RECIPES))
-    code = "".join(re.findall(r"```python\n(.*?)```", pages, flags=re.DOTALL))
+    code = "".join(block for page in PAGES for block in blocks_of(page))
+    code += "".join(each.read_text() for each in (ROOT / "docs/examples").glob("*.py"))
     sources = (inspect.getsource(importlib.import_module(name)) for name in modules())
     code += "".join(
         line for text in sources for line in re.findall(r"^ *>>> .*", text, re.MULTILINE)
