@@ -7,9 +7,12 @@ not touch these numbers: what collects them expects counters that never fall.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dspy
+
+from dspy_resilient.stats import Spending
 
 if TYPE_CHECKING:
     from dspy_resilient.circuit import CircuitState
@@ -28,11 +31,22 @@ class Counter(NamedTuple):
 
     def samples(self, stats: Stats) -> list[tuple[dict[str, str], float]]:
         """Return the labels and value of the number, or of each of its parts."""
+        if self.field in _SPENT:
+            return self._spent(stats)
         found = getattr(stats, self.field)
         if self.part is None:
             return [({}, found)]
         return [({self.part: reason}, count) for reason, count in found.items()]
 
+    def _spent(self, stats: Stats) -> list[tuple[dict[str, str], float]]:
+        return [
+            ({"target": target}, getattr(spent, self.field))
+            for target, spent in stats.spent_by_target.items()
+            if self.field != "known_dollars" or spent.known_dollars or not spent.unpriced
+        ]
+
+
+_SPENT = {each.name for each in fields(Spending)}
 
 COUNTERS = (
     Counter("calls", "calls", None, "Calls made by users."),
@@ -50,6 +64,13 @@ COUNTERS = (
     Counter("stored", "stored", None, "Answers kept in the cache."),
     Counter("skipped", "skipped", "reason", "Answers not kept in the cache."),
     Counter("evicted", "evicted", None, "Answers dropped from the cache."),
+    Counter("prompt_tokens", "prompt_tokens", "target", "Tokens sent and billed."),
+    Counter("completion_tokens", "completion_tokens", "target", "Tokens received and billed."),
+    Counter("cached_tokens", "cached_tokens", "target", "Tokens sent that the provider had."),
+    Counter("reasoning_tokens", "reasoning_tokens", "target", "Tokens spent on reasoning."),
+    Counter("dollars_spent", "known_dollars", "target", "Dollars billed, where prices are known."),
+    Counter("unpriced", "unpriced", "target", "Answers whose price is not known."),
+    Counter("unanswered", "unanswered", "target", "Requests that may be billed without an answer."),
     Counter("tokens_saved", "tokens_saved", None, "Tokens that hits and coalesced calls saved."),
     Counter("dollars_saved", "cost_saved", None, "Dollars they saved, where prices are known."),
 )

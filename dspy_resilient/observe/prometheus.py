@@ -14,6 +14,8 @@ begin with `dspy_resilient_`:
     queued_total, queue_seconds_total                                              client
     failures_total                                                                 client, kind
     rejected_total, skipped_total                                                  client, reason
+    prompt_tokens_total, completion_tokens_total, cached_tokens_total              client, target
+    reasoning_tokens_total, dollars_spent_total, unpriced_total, unanswered_total  client, target
     tokens_saved_total, dollars_saved_total                                        client
     answer_seconds (histogram)                                                     client
     circuit_state (1 for the state it is in, 0 for the others)                     client, target, state

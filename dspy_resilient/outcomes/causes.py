@@ -146,3 +146,15 @@ def _text(error: BaseException) -> str:
         return str(error)
     except Exception:  # noqa: BLE001  # nor may a broken __str__ hide the error
         return ""
+
+
+_NEVER_ARRIVED = {"ConnectError", "ConnectTimeout", "ConnectionRefusedError", "gaierror"}
+
+
+def may_be_billed(error: BaseException) -> bool:
+    """Whether the provider may have worked on the request that ended with `error`.
+
+    It has not if it refused with a status, or if it was never reached.
+    """
+    causes = Causes(error)
+    return causes.wire_status is None and not causes.names & _NEVER_ARRIVED

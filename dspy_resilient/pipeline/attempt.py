@@ -21,7 +21,10 @@ from dspy_resilient import providers
 from dspy_resilient.cache import Answer
 from dspy_resilient.errors import DeadlineExceededError
 from dspy_resilient.outcomes import Kind, Outcome, classify
+from dspy_resilient.outcomes.causes import may_be_billed
 from dspy_resilient.pipeline.stream import WatchedStream
+from dspy_resilient.providers.prices import price_of
+from dspy_resilient.stats.spending import NOT_BILLED, NOTHING, UNANSWERED, Spending
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +42,7 @@ except ImportError:  # DSPy 3.5 has no such calls any more
 
 _ASYNC = {"__call__": "acall", "generate": "agenerate"}
 _NOTHING = contextlib.nullcontext()
+_MAYBE_BILLED = (Kind.FAILURE, Kind.TIMEOUT, Kind.CANCELLED)
 
 
 class _Sending:
@@ -109,6 +113,7 @@ class Attempt:
         self.limit = call.left(self._started)
         self._stream: WatchedStream | None = None
         self._record: dict[str, Any] | None = None
+        self._spent = NOTHING
         self._mark = _Sending()
         self._verdict: Verdict | None = None
         self._reported = False
@@ -238,6 +243,7 @@ class Attempt:
         """Report the answer to circuit, gate and limits."""
         self._mark.ended = True
         self.seconds = self._clock() - self._started
+        self._account(self._billed())
         self._admission.answered()
         self._passage.answered()
         if self._slot is not None:
@@ -278,7 +284,24 @@ class Attempt:
             handed_off=handed_off,
         )
 
+    def _billed(self) -> Spending:
+        """Return what the answer cost, by DSPy's history entry of it."""
+        price = price_of(self.target.lm.model)
+        return Spending.of(
+            self.record, lambda tokens: None if price is None else price.cost(tokens)
+        )
+
+    def _account(self, spent: Spending) -> None:
+        """Count what the request cost; what comes later corrects what came before."""
+        before, self._spent = self._spent, spent
+        self.target.runtime.tally.spend(self.label, spent - before if before else spent)
+
     def _report(self, verdict: Verdict, error: BaseException) -> None:
+        if self._record is not None:  # an answer that is of no use is billed all the same
+            self._account(self._billed())
+        elif verdict.kind is not Kind.LOCAL:
+            is_open = verdict.kind in _MAYBE_BILLED and may_be_billed(error)
+            self._account(UNANSWERED if is_open else NOT_BILLED)
         self._admission.failed(verdict, error)
         throttled = verdict.kind is Kind.THROTTLED
         if throttled or (verdict.kind is Kind.FAILURE and verdict.retry_after is not None):

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dspy_resilient.events import printable
 from dspy_resilient.stats.latency import duration
+from dspy_resilient.stats.spending import NOTHING
 
 if TYPE_CHECKING:
     from dspy_resilient.stats.latency import Latency
+    from dspy_resilient.stats.spending import Spending
     from dspy_resilient.stats.stats import Stats
 
 
@@ -103,11 +105,49 @@ def _rows(stats: Stats) -> Iterator[Row]:
     yield from _some(stats, "evicted", "dropped again")
     yield from _parts(stats, "skipped", "not kept: ")
     yield from _times(stats)
+    yield from _spending(stats)
     if stats.tokens_saved:
         yield _count(stats, "tokens_saved", "tokens saved")
     if stats.cost_saved:
         recent = stats.recent.cost_saved if stats.recent else 0.0
         yield Row("dollars saved", 0, f"{stats.cost_saved:,.4f}", f"{recent:,.4f}")
+
+
+def _spending(stats: Stats) -> Iterator[Row]:
+    """Yield what was billed in all, and by target if there are several."""
+    spent, recent = stats.spent, stats.recent.spent if stats.recent else NOTHING
+    if not spent:
+        return
+    for name, label, depth in _TOKENS:
+        if count := getattr(spent, name):
+            yield Row(label, depth, f"{count:,}", f"{getattr(recent, name):,}")
+    yield Row("dollars spent", 0, _dollars(spent), _dollars(recent))
+    if len(stats.spent_by_target) > 1:
+        lately = stats.recent.spent_by_target if stats.recent else {}
+        for target, each in stats.spent_by_target.items():
+            yield Row(target, 1, _dollars(each), _dollars(lately.get(target, NOTHING)))
+    if spent.unanswered:
+        count = f"{spent.unanswered:,}"
+        yield Row("requests that may be billed", 1, count, f"{recent.unanswered:,}")
+
+
+_TOKENS = (
+    ("prompt_tokens", "tokens sent", 0),
+    ("cached_tokens", "cached by the provider", 1),
+    ("completion_tokens", "tokens received", 0),
+    ("reasoning_tokens", "spent on reasoning", 1),
+)
+
+
+def _dollars(spent: Spending) -> str:
+    """Return an amount for people; answers of unknown price are named, not counted as 0."""
+    known = (
+        f"{spent.known_dollars:,.4f}" if spent.known_dollars >= 1 else f"{spent.known_dollars:.6f}"
+    )
+    if not spent.unpriced:
+        return known
+    unknown = f"unknown ({spent.unpriced:,} answers)"
+    return f"{known} + {unknown}" if spent.known_dollars else unknown
 
 
 def _count(stats: Stats, name: str, label: str, *, of: str = "") -> Row:

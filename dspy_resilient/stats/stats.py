@@ -16,6 +16,7 @@ from typing import Any
 
 from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient.stats.latency import Latency, Stopwatch
+from dspy_resilient.stats.spending import NOTHING, Spending
 
 
 class Tally:
@@ -25,6 +26,7 @@ class Tally:
         self.renew()
         renew_after_fork(self)
         self._counts: Counter[str] = Counter()
+        self._spent: dict[str, Spending] = {}
         self._watch = Stopwatch()
 
     def renew(self) -> None:
@@ -41,11 +43,17 @@ class Tally:
         with self._lock:
             self._watch.record(seconds)
 
+    def spend(self, target: str, spending: Spending) -> None:
+        """Count what a request to `target` cost."""
+        with self._lock:
+            self._spent[target] = self._spent.get(target, NOTHING) + spending
+
     def totals(self) -> dict[str, Any]:
         """Return all counters by the names of `Stats`: "skipped:empty" is part of "skipped"."""
         with self._lock:
             counts, latency = dict(self._counts), self._watch.latency()
-        totals: dict[str, Any] = {"latency": latency}
+            spent = dict(self._spent)
+        totals: dict[str, Any] = {"latency": latency, "spent_by_target": spent}
         for name, count in counts.items():
             whole, _, part = name.partition(":")
             if part:
@@ -89,6 +97,8 @@ class Stats:
         evicted: Answers dropped from the cache.
         tokens_saved: Tokens that hits and coalesced calls did not use.
         cost_saved: Dollars that they did not cost, as far as prices are known.
+        spent_by_target: What was billed, by target: failed attempts, retries and fallbacks too, as
+            far as the provider bills them. A hit costs nothing.
         latency: How long the answers of providers took that came in time, from request to end.
         recent: The numbers of the last minute; None within these.
     """
@@ -116,8 +126,14 @@ class Stats:
     evicted: int = 0
     tokens_saved: int = 0
     cost_saved: float = 0.0
+    spent_by_target: Mapping[str, Spending] = field(default_factory=dict)
     latency: Latency = field(default_factory=Latency)
     recent: Stats | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def spent(self) -> Spending:
+        """What was billed: tokens and dollars of all targets together."""
+        return sum(self.spent_by_target.values(), NOTHING)
 
     @property
     def calls_per_second(self) -> float:
@@ -181,9 +197,11 @@ class Stats:
 
 
 def _merge(
-    operation: Callable[[int, int], int], one: Mapping[str, int], two: Mapping[str, int]
-) -> dict[str, int]:
-    merged = {name: operation(one.get(name, 0), two.get(name, 0)) for name in {**one, **two}}
+    operation: Callable[[Any, Any], Any], one: Mapping[str, Any], two: Mapping[str, Any]
+) -> dict[str, Any]:
+    nothing = type(next(iter({**one, **two}.values()), 0))()
+    names = {**one, **two}
+    merged = {name: operation(one.get(name, nothing), two.get(name, nothing)) for name in names}
     return {name: count for name, count in merged.items() if count}
 
 
