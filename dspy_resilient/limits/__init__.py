@@ -9,6 +9,6 @@ from dspy_resilient.limits.budget import RetryBudget
 from dspy_resilient.limits.limiter import Limiter
 from dspy_resilient.limits.rate import Rates
 from dspy_resilient.limits.slot import Slot
-from dspy_resilient.limits.throttle_gate import GatePass, ThrottleGate
+from dspy_resilient.limits.throttle_gate import GatePermit, ThrottleGate
 
-__all__ = ["GatePass", "Limiter", "Rates", "RetryBudget", "Slot", "ThrottleGate"]
+__all__ = ["GatePermit", "Limiter", "Rates", "RetryBudget", "Slot", "ThrottleGate"]

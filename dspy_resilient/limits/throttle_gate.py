@@ -1,8 +1,8 @@
-"""The throttle gate: closed while the provider wants a pause, then opened step by step.
+"""The throttle gate: closed while the provider wants a pause, then opened by time.
 
-A 429 is no outage: the provider is well and says when to come back. This module keeps that time and
-lets calls back in slowly, since a stampede at the reopening only earns the next 429. It waits for
-nothing, and what a response asks for is read elsewhere.
+A 429 is no outage: the provider is well and says when to come back. This module keeps that time,
+and lets calls back in slowly, since a stampede at the reopening only earns the next 429. It waits
+for nothing, and what a response asks for is read elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient._support.wait_queue import WaitQueue
 from dspy_resilient.events import Throttled
-from dspy_resilient.policies import number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,14 +23,17 @@ if TYPE_CHECKING:
 
 _LONGEST_STEP = 30.0
 _LEAST_SHARE = 0.1
-_LEASE = 60.0
 _FULL = 64
+_LONGEST_RAMP = 30.0  # seconds, after which the number let in is beyond any crowd
+_SURPRISE = 1e-3
+_RECENT = 50
+_LONGEST_RUN = 10
 
 
-class GatePass:
+class GatePermit:
     """Leave to send one call through the gate. The first report counts, later ones do nothing.
 
-    A pass that is dropped without a report gives up its place when its lease is over.
+    One that is dropped without a report does no harm: the gate opens by time.
     """
 
     __slots__ = ("gate", "generation", "reported")
@@ -47,11 +49,11 @@ class GatePass:
         return self.generation == self.gate.generation
 
     def answered(self) -> None:
-        """Report that the provider answered: twice as many may go next."""
+        """Report that the provider answered."""
         self.gate.record_answer(self)
 
     def throttled(self, hint: float | None) -> float:
-        """Report a 429 and close the gate; return the seconds for which it is closed now.
+        """Report a 429; return the seconds for which the gate is closed now, 0.0 if it is not.
 
         Args:
             hint: Seconds the provider asked for. None, or a number that makes no sense (not
@@ -60,27 +62,32 @@ class GatePass:
         return self.gate.record_throttle(self, hint)
 
     def release(self) -> None:
-        """Report that the call says nothing about the provider's limits."""
+        """Report that the call says nothing about the provider's limits, or was not sent."""
         self.gate.record_release(self)
 
 
 class ThrottleGate(WaitQueue):
-    """A gate that a 429 closes, for all callers of one credential at one endpoint.
+    """A gate that 429s close, for all callers of one credential at one endpoint.
 
-    It closes for what the provider asked for, at most `max_retry_after`. Without a hint it
-    doubles from 1 s up to 30 s with each closing that no answer has broken, and draws the wait
-    evenly from a tenth of that to the whole: full jitter, but never a wait of nearly nothing. A
-    later 429 may make the wait longer, never shorter; one of a call that was let in before the
-    gate closed is old news and no further step.
+    Where 429s are rare, one closes it; where they are a share of all answers, it takes as many in
+    a row as chance would produce less than once in 1,000 times, ten at most. (A provider that
+    refuses one request in five at random does not want a pause, and must not get one call at a
+    time.) The share is that among about the last 50 answers and 429s.
 
-    Then it lets in one call at a time, and each answer doubles that, until it has reached 64 and
-    covers everybody who is under way or in line: from there on it is open, and costs no lock.
+    It closes for what the provider asked for. Without a hint it doubles from 1 s up to 30 s with
+    each closing that no answer has broken, and draws the wait evenly from a tenth of that to the
+    whole: full jitter, but never a wait of nearly nothing. A later 429 may make the wait longer,
+    never shorter; one of a call that was let in before the gate closed is old news and no further
+    step.
+
+    Then it lets in one call, twice as many in the next second, and so on, whatever has been
+    answered by then; each answer makes room for two more at once. When it has let in 64 and has
+    room for everybody who waits, it is open, and costs no lock.
 
     Safe to share between threads, tasks and event loops; nothing here blocks. In a forked child it
-    keeps its state but knows of no call under way.
+    keeps its state but knows of nobody who waits.
 
     Args:
-        max_retry_after: Longest time in seconds that a hint closes it for. At least 0.
         clock: Monotonic seconds.
         random: Numbers from 0 to below 1, for the jitter.
         listener: Called with each `Throttled`.
@@ -91,16 +98,13 @@ class ThrottleGate(WaitQueue):
     def __init__(
         self,
         *,
-        max_retry_after: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[], float] = random_numbers.random,
         listener: Listener | None = None,
         client: str = "",
         target: str | None = None,
     ) -> None:
-        number("ThrottleGate", "max_retry_after", max_retry_after)
         self._set_up(clock, listener)
-        self._max_retry_after = max_retry_after
         self._random = random
         self._client = client
         self._target = target
@@ -108,77 +112,83 @@ class ThrottleGate(WaitQueue):
         self._generation = 0
         self._closed_until = -math.inf
         self._hinted_until = -math.inf
-        self._throttled_since: float | None = None
         self._closings = 0
-        self._allowed = 1
+        self._let_in = 0
+        self._answers = 0
+        self._share = 0.0
+        self._run = 0
         renew_after_fork(self)
 
     # Asking and reporting
 
-    def admit(self, lease: float = 0.0) -> GatePass | None:
-        """Return leave to send one call, or None while closed or while enough are under way.
-
-        Args:
-            lease: Seconds the call may take (the client's timeout): while the gate reopens, a call
-                that has not reported after that, or after 60 s if that is longer, gives up its
-                place.
-        """
-        generation = self._generation  # read first: a pass must never look younger than it is
+    def admit(self) -> GatePermit | None:
+        """Return leave to send one call, or None while closed or while enough have been let in."""
+        generation = self._generation  # read first: a permit must never look younger than it is
         if self._open:
-            return GatePass(self, generation)
+            return GatePermit(self, generation)
         with self._lock:
             now = self._clock()
             if self._wait(now) > 0:
                 return None
-            ticket = GatePass(self, self._generation)
+            permit = GatePermit(self, self._generation)
             if not self._open:
-                self._leases.take(ticket, now + max(_LEASE, lease))
-            return ticket
+                self._let_in += 1
+                self._open_if_wide(now)
+        self._notifier.send()
+        return permit
 
-    def record_answer(self, ticket: GatePass) -> None:
-        """Take the report of `ticket`; called by its own methods."""
+    def record_answer(self, permit: GatePermit) -> None:
+        """Take the report of `permit`; called by its own methods."""
         if self._open:
-            ticket.reported = True
+            if not permit.reported:
+                permit.reported = True
+                self._count_answer()  # without the lock: to lose a count among many is no harm
             return
         with self._lock:
-            if ticket.reported:
+            if permit.reported:
                 return
-            ticket.reported = True
-            self._throttled_since = None
-            if ticket.generation == self._generation:
-                self._leases.give_back(ticket)
-                self._widen()
+            permit.reported = True
+            if permit.generation == self._generation:
+                self._count_answer()
+                self._closings = 0
+                self._hinted_until = -math.inf
+                self._make_room(self._clock())
         self._notifier.send()
 
-    def record_throttle(self, ticket: GatePass, hint: float | None) -> float:
-        """Take the report of `ticket`; called by its own methods."""
+    def record_throttle(self, permit: GatePermit, hint: float | None) -> float:
+        """Take the report of `permit`; called by its own methods."""
+        if hint is not None and not (math.isfinite(hint) and hint > 0):
+            hint = None
         with self._lock:
             now = self._clock()
-            if not ticket.reported:
-                ticket.reported = True
-                self._close(now, hint, news=self._open or ticket.generation == self._generation)
-            closed_for = max(0.0, self._closed_until - now)
+            if not permit.reported:
+                permit.reported = True
+                if self._count_throttle() or now < self._closed_until:
+                    is_news = self._open or permit.generation == self._generation
+                    self._close(now, hint, news=is_news)
+            closed_for = 0.0 if self._open else max(0.0, self._closed_until - now)
         self._notifier.send()
         return closed_for
 
-    def record_release(self, ticket: GatePass) -> None:
-        """Take the report of `ticket`; called by its own methods."""
+    def record_release(self, permit: GatePermit) -> None:
+        """Take the report of `permit`; called by its own methods."""
         if self._open:
-            ticket.reported = True
+            permit.reported = True
             return
         with self._lock:
-            if not ticket.reported:
-                ticket.reported = True
-                if self._leases.give_back(ticket):
+            if not permit.reported:
+                permit.reported = True
+                if permit.generation == self._generation and self._let_in:
+                    self._let_in -= 1
                     self._notifier.call(1)
         self._notifier.send()
 
     def reset(self) -> None:
-        """Open, let in whoever waits, and forget every 429."""
+        """Open, let in all who wait, and forget every 429."""
         with self._lock:
-            self._closings = 0
+            self._closings = self._run = 0
+            self._share = 0.0
             self._hinted_until = self._closed_until = -math.inf
-            self._throttled_since = None
             self._open_up()
         self._notifier.send()
 
@@ -191,7 +201,7 @@ class ThrottleGate(WaitQueue):
 
     @property
     def hint(self) -> float | None:
-        """Seconds from now that the provider asked for, however many: what to tell the caller.
+        """Seconds from now that the provider asked for: what to tell the caller.
 
         None if it did not say, if the time is over, or if it has answered since.
         """
@@ -199,36 +209,53 @@ class ThrottleGate(WaitQueue):
             left = self._hinted_until - self._clock()
         return left if left > 0 else None
 
-    @property
-    def unbroken(self) -> float:
-        """Seconds since the first 429 that no answer has followed; 0.0 if there is none."""
+    def recheck_time(self) -> float:
+        """Return the seconds after which the waiter that has enlisted last may ask again.
+
+        Each has a time of its own, in the order in which they came.
+        """
         with self._lock:
-            since = self._throttled_since
-            return 0.0 if since is None else self._clock() - since
+            return self._wait(self._clock(), max(0, self._notifier.waiting - 1))
 
     def __repr__(self) -> str:
         """Show the target and how long the gate is closed for."""
-        wait = self.wait_time()
-        how = (
-            "open" if wait == 0 else "reopening" if math.isinf(wait) else f"closed for {wait:.1f} s"
-        )
+        with self._lock:
+            left = self._closed_until - self._clock()
+        how = "open" if self._open else f"closed for {left:.1f} s" if left > 0 else "reopening"
         return f"<ThrottleGate {self._target!r}: {how}>"
 
     # Under the lock
 
-    def _wait(self, now: float) -> float:
+    def _wait(self, now: float, ahead: int = 0) -> float:
+        """Return the seconds until the next call may go behind `ahead` others."""
         if self._open:
             return 0.0
-        if now < self._closed_until:
-            return self._closed_until - now
-        return 0.0 if self._leases.taken(now) < self._allowed else math.inf
+        extra = self._let_in + ahead - 2 * self._answers  # beyond the first
+        ramp = math.log2(extra + 2) - 1 if extra > 0 else 0.0
+        return max(0.0, self._closed_until + ramp - now)
+
+    def _count_answer(self) -> None:
+        if self._run:
+            run = min(self._run, math.ceil(self._longest_run()))  # what followed was no news
+            self._share = 1 - (1 - self._share) * (1 - 1 / _RECENT) ** run
+            self._run = 0
+        self._share -= self._share / _RECENT
+
+    def _count_throttle(self) -> bool:
+        """Count a 429; return whether chance does not explain it."""
+        self._run += 1
+        return self._run >= self._longest_run()
+
+    def _longest_run(self) -> float:
+        """Return how many 429s in a row, or about so many, chance produces too seldom."""
+        if self._share < _SURPRISE:
+            return 1.0
+        return min(_LONGEST_RUN, math.log(_SURPRISE) / math.log(self._share))
 
     def _close(self, now: float, hint: float | None, *, news: bool) -> None:
-        if hint is not None and not (math.isfinite(hint) and hint > 0):
-            hint = None
         if news:
             self._closings += 1
-        until = now + (self._pause() if hint is None else min(hint, self._max_retry_after))
+        until = now + (self._pause() if hint is None else hint)
         self._shut(now, until, hint, news=news)
 
     def _follow(self, now: float, seconds: float, hint: float | None) -> None:
@@ -236,21 +263,17 @@ class ThrottleGate(WaitQueue):
         news = now >= self._closed_until
         if news:
             self._closings += 1
-        self._shut(now, now + min(seconds, self._max_retry_after), hint, news=news)
+        self._shut(now, now + seconds, hint, news=news)
 
     def _shut(self, now: float, until: float, hint: float | None, *, news: bool) -> None:
         if news:
             self._generation += 1
-            self._leases.clear()
-        if self._throttled_since is None:
-            self._throttled_since = now
         if hint is not None:
             self._hinted_until = max(self._hinted_until, now + hint)
         self._open = False
-        self._allowed = 1
+        self._let_in = self._answers = 0
         if news or until > self._closed_until:
             self._closed_until = max(self._closed_until, until)
-            self._notifier.call()
             self._notifier.note(
                 Throttled(
                     client=self._client,
@@ -265,21 +288,20 @@ class ThrottleGate(WaitQueue):
         longest = min(2.0 ** min(max(self._closings - 1, 0), 5), _LONGEST_STEP)
         return longest * (_LEAST_SHARE + (1 - _LEAST_SHARE) * self._random())
 
-    def _widen(self) -> None:
-        self._closings = 0
-        self._hinted_until = -math.inf
-        now = self._clock()
-        if now < self._closed_until:  # an older call's 429 has closed it again meanwhile
-            return
-        self._allowed *= 2
-        in_flight = self._leases.taken(now)
-        if self._allowed >= max(_FULL, in_flight + self._notifier.waiting):
+    def _make_room(self, now: float) -> None:
+        """Let in two more while it reopens: the provider has answered."""
+        if not self._open and now >= self._closed_until:
+            self._answers += 1
+            self._notifier.call(2)
+            self._open_if_wide(now)
+
+    def _open_if_wide(self, now: float) -> None:
+        """Open once there is room for all who wait, and for a crowd."""
+        seconds = min(now - self._closed_until, _LONGEST_RAMP)
+        allowed = 2.0 ** (seconds + 1) - 1 + 2 * self._answers
+        if allowed >= max(_FULL, self._let_in + self._notifier.waiting):
             self._open_up()
-        else:
-            self._notifier.call(self._allowed - in_flight)
 
     def _open_up(self) -> None:
-        """Let everybody through: nobody needs a place any more, nor gives one back."""
         self._open = True
-        self._leases.clear()
         self._notifier.call()

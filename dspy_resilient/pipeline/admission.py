@@ -25,7 +25,7 @@ from dspy_resilient.pipeline.state import Wait
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dspy_resilient.limits import GatePass, Limiter, Slot, ThrottleGate
+    from dspy_resilient.limits import GatePermit, Limiter, Slot, ThrottleGate
     from dspy_resilient.pipeline.attempt import Attempt
     from dspy_resilient.pipeline.client import ClientState
     from dspy_resilient.pipeline.state import Call, Steps, Turn
@@ -44,22 +44,21 @@ def clear_the_way(call: Call, client: ClientState, turn: Turn, route: Route) -> 
     refusal = target.routes.supervisor.refusal()
     if refusal is not None:
         raise rejected(client, route, refusal)
-    lease = target.timeout(call) or 0.0
     while True:
-        passage = yield from _pass_gate(call, client, route, lease)
-        slot = yield from _take_slot(call, client, target, route, passage)
+        gate_permit = yield from _pass_gate(call, client, route)
+        slot = yield from _take_slot(call, client, target, route, gate_permit)
         admission: Admission | None = None
         try:
-            if passage.is_current:
+            if gate_permit.is_current:
                 admission = yield from _admit(call, client, turn, route)
                 turn.early = False
-                if admission is not None and passage.is_current:
-                    return client.attempt(target, call, route, admission, passage, slot)
+                if admission is not None and gate_permit.is_current:
+                    return client.attempt(target, call, route, admission, gate_permit, slot)
         except BaseException:
-            _release(passage, slot, admission)
+            _release(gate_permit, slot, admission)
             raise
-        _release(passage, slot, admission)
-        if passage.is_current:  # else the gate has closed meanwhile
+        _release(gate_permit, slot, admission)
+        if gate_permit.is_current:  # else the gate has closed meanwhile
             raise rejected(client, route, route.rejection())
 
 
@@ -82,34 +81,34 @@ def _admit(call: Call, client: ClientState, turn: Turn, route: Route) -> Steps[A
         return route.admit(lease, early=early)
 
 
-def _pass_gate(call: Call, client: ClientState, route: Route, lease: float) -> Steps[GatePass]:
-    """Wait until the provider's last 429 is over."""
+def _pass_gate(call: Call, client: ClientState, route: Route) -> Steps[GatePermit]:
+    """Wait until the provider's last 429 is over, as long as `max_wait` lasts."""
     gate = route.gate
-    while (passage := gate.admit(lease)) is None:
+    while (gate_permit := gate.admit()) is None:
         wait, now = gate.wait_time(), client.clock()
-        if is_hopeless(client, gate) or (math.isfinite(wait) and wait >= call.left(now)):
-            pause = gate.hint or (wait if math.isfinite(wait) else None)
+        if call.held >= call.max_wait or wait >= call.left(now):
+            pause = gate.hint or wait
             error = ThrottledError(
-                f"client {client.name!r}: {route.label} asked for a pause"
-                + (f" of {pause:.1f} s" if pause is not None else "")
-                + ", which is longer than this call may wait",
+                f"client {client.name!r}: {route.label} asked for a pause of {pause:.1f} s, "
+                "which is longer than this call may wait",
                 client=client.name,
                 retry_after=pause,
             )
             raise rejected(client, route, error)
-        yield from _line_up(client, gate, route.label, call.left(now))
+        yield from hold(call, client, gate, route.label)
         check_deadline(call, client)
-    return passage
+    return gate_permit
 
 
-def is_hopeless(client: ClientState, gate: ThrottleGate) -> bool:
-    """Whether the pause asked for, or the time without a single answer, is beyond patience."""
-    most = client.retry.max_retry_after
-    return (gate.hint or 0.0) > most or gate.unbroken > most
+def hold(call: Call, client: ClientState, queue: ThrottleGate, target: str) -> Steps[None]:
+    """Wait in line for no longer than `max_wait` allows, all in all, and count it."""
+    began = client.clock()
+    yield from _line_up(client, queue, target, min(call.max_wait - call.held, call.left(began)))
+    call.held += client.clock() - began
 
 
 def _take_slot(
-    call: Call, client: ClientState, target: Target, route: Route, passage: GatePass
+    call: Call, client: ClientState, target: Target, route: Route, gate_permit: GatePermit
 ) -> Steps[Slot | None]:
     """Queue for a place among the target's concurrent attempts and for its rate budget."""
     slot: Slot | None = None
@@ -125,7 +124,7 @@ def _take_slot(
                 break
             slot.leave(sent=False)  # the client was restarted: queue anew
     except BaseException as error:
-        _release(passage, slot)
+        _release(gate_permit, slot)
         if isinstance(error, LimitExceededError):
             raise rejected(client, route, error) from None
         raise
@@ -167,10 +166,12 @@ def _queue(
         client.tally.add("queue_seconds", client.clock() - since)
 
 
-def _release(passage: GatePass, slot: Slot | None, admission: Admission | None = None) -> None:
+def _release(
+    gate_permit: GatePermit, slot: Slot | None, admission: Admission | None = None
+) -> None:
     if slot is not None:
         slot.leave(sent=False)
-    passage.release()
+    gate_permit.release()
     if admission is not None:
         admission.withdraw()
 

@@ -29,7 +29,7 @@ from dspy_resilient.stats.spending import NOT_BILLED, NOTHING, UNANSWERED, Spend
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dspy_resilient.limits import GatePass, Slot
+    from dspy_resilient.limits import GatePermit, Slot
     from dspy_resilient.outcomes import Verdict
     from dspy_resilient.pipeline.state import Call
     from dspy_resilient.targets.route import Admission, Route
@@ -90,6 +90,7 @@ class Attempt:
         limit: Seconds it may take (what is left until the deadline), or inf.
         emitted: Whether a chunk has reached the consumer of a stream.
         seconds: How long it took, once it has ended.
+        paused: Seconds for which its 429 has closed the gate.
     """
 
     def __init__(
@@ -98,15 +99,15 @@ class Attempt:
         call: Call,
         route: Route,
         admission: Admission,
-        passage: GatePass,
+        gate_permit: GatePermit,
         slot: Slot | None,
     ) -> None:
         self.target = target
         self.route = route
         self.call = call
-        self.seconds = 0.0
+        self.seconds = self.paused = 0.0
         self._admission = admission
-        self._passage = passage
+        self._gate_permit = gate_permit
         self._slot = slot
         self._clock = target.runtime.clock
         self._started = target.runtime.begin("attempts")
@@ -245,7 +246,7 @@ class Attempt:
         self.seconds = self._clock() - self._started
         self._account(self._billed())
         self._admission.answered()
-        self._passage.answered()
+        self._gate_permit.answered()
         if self._slot is not None:
             self._slot.leave(tokens=_tokens(self.record), slow=self.route.is_slow(self.seconds))
 
@@ -305,9 +306,9 @@ class Attempt:
         self._admission.failed(verdict, error)
         throttled = verdict.kind is Kind.THROTTLED
         if throttled or (verdict.kind is Kind.FAILURE and verdict.retry_after is not None):
-            self._passage.throttled(verdict.retry_after)
+            self.paused = self._gate_permit.throttled(verdict.retry_after)
         else:
-            self._passage.release()
+            self._gate_permit.release()
         if self._slot is not None:
             self._slot.leave(tokens=0 if throttled else None, throttled=throttled, ok=False)
 

@@ -22,12 +22,12 @@ from dspy_resilient.outcomes.breaks import broke_state
 from dspy_resilient.pipeline.admission import clear_the_way, deadline_passed, outwait
 from dspy_resilient.pipeline.failures import (
     AnswerFilteredError,
-    check_throttle,
     excuses_stale,
     is_our_circuits,
     is_the_providers,
     leads_on,
     nobody_answered,
+    own_pause,
     pause,
     special_kind,
 )
@@ -284,7 +284,9 @@ def _make_ready(
     elif not verdict.retry:
         raise failure
     elif verdict.kind is Kind.THROTTLED:
-        check_throttle(call, client, route, failure)
+        began = client.clock()
+        yield Wait(None, own_pause(call, client, turn, attempt, failure))
+        call.held += client.clock() - began
     else:
         if not (attempt.probe and call.has_patience(client.clock(), 0.0)):
             turn.used += 1

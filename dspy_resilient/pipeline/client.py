@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from dspy_resilient.cache import Answer
-    from dspy_resilient.limits import GatePass, Slot
+    from dspy_resilient.limits import GatePermit, Slot
     from dspy_resilient.lm.options import Options
     from dspy_resilient.pipeline.state import Call
     from dspy_resilient.shared import SharedState
@@ -144,7 +144,6 @@ class ClientState:
     def new_gate(self, label: str, way: tuple[str, str, str], api_key: Any) -> ThrottleGate:
         """Return an open throttle gate for `api_key` on `way`, shared where anything is."""
         facts: dict[str, Any] = {
-            "max_retry_after": self.retry.max_retry_after,
             "clock": self.clock,
             "random": self.random,
             "listener": self.hub,
@@ -170,11 +169,11 @@ class ClientState:
         call: Call,
         route: Route,
         admission: Admission,
-        passage: GatePass,
+        gate_permit: GatePermit,
         slot: Slot | None,
     ) -> Attempt:
         """Return one attempt, ready to be sent."""
-        return Attempt(target, call, route, admission, passage, slot)
+        return Attempt(target, call, route, admission, gate_permit, slot)
 
     def begin(self, what: str) -> float:
         """Count a call or an attempt that begins, and return the clock's reading."""

@@ -6,7 +6,6 @@ in `circuit.outcome`.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from dspy_resilient.errors import (
@@ -18,9 +17,10 @@ from dspy_resilient.errors import (
 )
 from dspy_resilient.events import RetryScheduled
 from dspy_resilient.outcomes import Kind, Outcome, Verdict
-from dspy_resilient.pipeline.admission import is_hopeless, rejected
+from dspy_resilient.pipeline.admission import rejected
 
 if TYPE_CHECKING:
+    from dspy_resilient.pipeline.attempt import Attempt
     from dspy_resilient.pipeline.client import ClientState
     from dspy_resilient.pipeline.state import Call, Turn
     from dspy_resilient.targets.route import Route
@@ -94,15 +94,25 @@ def nobody_answered(client: ClientState, turns: list[Turn]) -> Exception:
     return failure
 
 
-def check_throttle(call: Call, client: ClientState, route: Route, failure: Exception) -> None:
-    """Raise the 429 that was just received if the pause it asks for does not fit this call."""
-    gate = route.gate
-    wait = gate.wait_time()
-    now = client.clock()
-    if is_hopeless(client, gate) or (math.isfinite(wait) and wait > call.left(now)):
-        if gate.hint is not None:
-            failure.retry_after = gate.hint  # type: ignore[attr-defined]  # DSPy's field
+def own_pause(
+    call: Call, client: ClientState, turn: Turn, attempt: Attempt, failure: Exception
+) -> float:
+    """Return the seconds to wait after a 429 before this call asks again.
+
+    Raises:
+        Exception: The 429, if the call may not ask again, or not in time.
+    """
+    hint = getattr(failure, "retry_after", None)
+    turn.throttled += 1
+    left = call.left(client.clock())
+    pause = 0.0 if attempt.paused else client.random() * min(2.0 ** (turn.throttled - 1), 30.0)
+    if hint is not None and not attempt.paused:
+        pause = float(hint)
+    if call.max_attempts == 1 or call.held >= call.max_wait or max(pause, attempt.paused) >= left:
+        if (told := attempt.route.gate.hint) is not None:
+            failure.retry_after = told  # type: ignore[attr-defined]  # DSPy's field
         raise failure
+    return min(pause, call.max_wait - call.held)
 
 
 def pause(call: Call, client: ClientState, turn: Turn, route: Route, failure: Exception) -> float:
@@ -111,9 +121,6 @@ def pause(call: Call, client: ClientState, turn: Turn, route: Route, failure: Ex
         raise failure
     if route.wait_time() > 0:
         raise rejected(client, route, route.rejection()) from failure
-    hint = getattr(failure, "retry_after", None)  # the gate sees to it, unless it is too long
-    if hint is not None and hint > client.retry.max_retry_after:
-        raise failure
     wait = client.backoff(max(turn.used - 1, 0))
     if wait >= call.left(client.clock()) or not route.budget.take():
         raise failure

@@ -54,6 +54,7 @@ class Call:
         max_attempts: Attempts per target.
         max_wait: Seconds to wait for an open circuit.
         budget: Seconds for the whole call (the deadline), or inf.
+        held: Seconds for which it has been held up so far.
     """
 
     method: str
@@ -70,6 +71,7 @@ class Call:
     budget: float
     deadline: float = math.inf
     patience: float | None = None
+    held: float = 0.0
     filtered: Answer | None = None
     sent: Attempt | None = None
     attempts: list[AttemptSummary] = field(default_factory=list)
@@ -116,6 +118,7 @@ class Turn:
         final: Whether it is not to be asked again.
         mended: Whether its client was restarted for this call.
         early: Whether its next attempt may be a probe before the time.
+        throttled: 429s it has answered with.
     """
 
     target: Target
@@ -125,6 +128,7 @@ class Turn:
     final: bool = False
     mended: bool = False
     early: bool = False
+    throttled: int = 0
 
 
 T = TypeVar("T")

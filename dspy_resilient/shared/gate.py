@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from dspy_resilient.limits import GatePass, ThrottleGate
+from dspy_resilient.limits import GatePermit, ThrottleGate
 from dspy_resilient.shared.link import Link
 from dspy_resilient.shared.store import ThrottleReport, ThrottleView, Verb
 
@@ -45,9 +45,9 @@ class SharedGate(Link[ThrottleReport, ThrottleView], ThrottleGate):
     def _wake(self) -> None:
         self._notifier.send()
 
-    def record_throttle(self, ticket: GatePass, hint: float | None) -> float:
-        """Close for everybody; see `GatePass.throttled`."""
-        seconds = super().record_throttle(ticket, hint)
+    def record_throttle(self, permit: GatePermit, hint: float | None) -> float:
+        """Close for everybody; see `GatePermit.throttled`."""
+        seconds = super().record_throttle(permit, hint)
         if self._untold:
             self._tell()
         return seconds

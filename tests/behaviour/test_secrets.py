@@ -159,7 +159,7 @@ def live(day):
         for _ in range(3):
             day.ask(lm, cache=False)
         one.always(rate_limited("3600"))
-        throttled = day.client(one)
+        throttled = day.client(one, max_wait=0)
         day.ask(throttled, cache=False), day.ask(throttled, cache=False)
         one.always(Hang())
         day.ask(day.client(one, deadline=0.3), cache=False)

@@ -15,7 +15,7 @@ from dspy_resilient.shared import MemoryStore
 from dspy_resilient.shared.store import ThrottleReport
 from dspy_resilient.testing import rate_limited
 
-ONCE = {"num_retries": 0, "cache": False, "name": "fast"}
+ONCE = {"num_retries": 0, "max_wait": 0, "cache": False, "name": "fast"}
 VIEW_AGE = 0.25  # the stated time
 
 
@@ -58,7 +58,8 @@ def test_a_429_here_holds_up_calls_there(provider, make, shared, patient, ask, c
 
 def test_calls_there_go_on_when_the_pause_is_over(provider, make, shared, patient, ask):
     """It is a pause, not an error, for whoever has the time."""
-    here, there = (make(shared=shared, deadline=30, **ONCE) for _ in range(2))
+    options = {**ONCE, "num_retries": 1, "max_wait": 30}
+    here, there = (make(shared=shared, **options) for _ in range(2))
     provider.script(rate_limited(1.5))
     begun = time.monotonic()
     caller = threading.Thread(target=here, args=("q",))

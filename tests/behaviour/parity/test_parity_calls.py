@@ -218,7 +218,7 @@ def test_errors(compare, call, fault, model):
 
 
 def test_a_rate_limit(compare, call):
-    """The same LMRateLimitError; we wait as asked before we give up, so `max_retry_after` ends it."""
+    """The same LMRateLimitError, at once: without retries nothing is sent twice."""
     fault = Status(429, retry_after=3600)
     theirs, mine = compare(
         lambda lm: call(lm, "q"), faults=[fault], num_retries=0, raises=dspy.LMRateLimitError
