@@ -3,7 +3,6 @@
 from dspy_resilient.cache.answer import Answer, usable
 from dspy_resilient.cache.disk import DiskCache
 from dspy_resilient.cache.folder import disk_folder
-from dspy_resilient.cache.key import request_key, tenant_of
 from dspy_resilient.cache.response_cache import CacheNumbers, ResponseCache
 from dspy_resilient.cache.single_flight import Failed, Flights, Landed, Lead, Waiter
 
@@ -18,7 +17,5 @@ __all__ = [
     "ResponseCache",
     "Waiter",
     "disk_folder",
-    "request_key",
-    "tenant_of",
     "usable",
 ]

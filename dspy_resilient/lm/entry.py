@@ -23,7 +23,9 @@ from dspy_resilient.pipeline import drivers as drive
 from dspy_resilient.pipeline.attempt import called_by_adapter, is_sending
 from dspy_resilient.pipeline.call import complete
 from dspy_resilient.pipeline.state import Call, Served
-from dspy_resilient.targets.target import Target, key_of
+from dspy_resilient.providers.endpoint import resolve
+from dspy_resilient.targets.request_key import key_of
+from dspy_resilient.targets.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -143,13 +145,12 @@ class CallEntry(LM):
                 check_credentials(each.lm, {})
         args = () if prompt is None else (prompt,)
         cached = self.cache if cache is None else cache
-        runtime = self._runtime
         return Call(
             method=method,
             args=args,
             kwargs=kwargs,
             own=own,
-            key=key_of(self, method, args, kwargs, runtime.tenant) if cached else None,
+            key=self._key(method, args, kwargs) if cached else None,
             targets=self._targets(),
             special=self._fallbacks.special,
             streams=dspy.settings.send_stream is not None,
@@ -159,6 +160,11 @@ class CallEntry(LM):
             max_wait=self.max_wait,
             budget=float("inf") if self.deadline is None else self.deadline,
         )
+
+    def _key(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        settings = {**self.kwargs, **kwargs}
+        place = resolve(self.model, self.model_type, settings, self._runtime.tenant)
+        return key_of(place, method, args, settings)
 
     def _targets(self) -> tuple[Target, ...]:
         primary = self._primary

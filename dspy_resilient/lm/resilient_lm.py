@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dspy.clients.lm import LM  # by reference: a program may put another class at dspy.LM
 
 from dspy_resilient._support.closable import ClosedAtEnd
-from dspy_resilient.cache import disk_folder, tenant_of
+from dspy_resilient.cache import disk_folder
 from dspy_resilient.lm.copies import Copyable
 from dspy_resilient.lm.options import (
     DEFAULT_ENGINE,
@@ -30,8 +30,8 @@ from dspy_resilient.pipeline.client import ClientState
 from dspy_resilient.pipeline.health import Health, health_of
 from dspy_resilient.pipeline.in_flight import InFlight
 from dspy_resilient.policies import CachePolicy, number
+from dspy_resilient.providers.endpoint import resolve
 from dspy_resilient.targets.fallbacks import Fallbacks
-from dspy_resilient.targets.route import endpoint_of, setting
 from dspy_resilient.targets.target import Target
 
 if TYPE_CHECKING:
@@ -183,12 +183,13 @@ class ResilientLM(ClosedAtEnd, Copyable):
 
     def _folder(self, policy: CachePolicy) -> Callable[[], str | None]:
         """Return what finds the folder of this client's answers when it is first needed."""
+        place = resolve(self.model, self.model_type, self.kwargs, policy.tenant)
         configuration = {
             "name": self._given_name,
             "model": self.model,
             "model_type": self.model_type,
-            "endpoint": endpoint_of(self, {}),
-            "tenant": policy.tenant or tenant_of(setting("api_key", self, {})),
+            "endpoint": place.where,
+            "tenant": place.credential or "",
         }
         return functools.partial(disk_folder, policy, **configuration)
 

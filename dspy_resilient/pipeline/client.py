@@ -11,13 +11,12 @@ import dataclasses
 import math
 import random
 import time
-import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dspy_resilient import providers
 from dspy_resilient._support.worker import Worker
-from dspy_resilient.cache import Flights, ResponseCache, tenant_of, usable
+from dspy_resilient.cache import Flights, ResponseCache, usable
 from dspy_resilient.circuit import CircuitBreaker, EarlyProbes
 from dspy_resilient.errors import ClientClosedError
 from dspy_resilient.events import ClientRestarted, Event, Hub, WaitStarted, logger, printable
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from dspy_resilient.limits import GatePermit, Slot
     from dspy_resilient.lm.options import Options
     from dspy_resilient.pipeline.state import Call
+    from dspy_resilient.providers.endpoint import Endpoint, Place
     from dspy_resilient.shared import SharedState
     from dspy_resilient.targets.route import Admission, Route
     from dspy_resilient.targets.target import Target
@@ -117,13 +117,13 @@ class ClientState:
         return providers.loaded()
 
     def new_circuit(
-        self, label: str, way: tuple[str, str, str] | None = None, **changes: Any
+        self, label: str, endpoint: Endpoint | None = None, **changes: Any
     ) -> CircuitBreaker:
         """Return a circuit of this client's policy for the place called `label`.
 
         Args:
             label: For people.
-            way: The way to the provider, if the circuit is to be shared where anything is.
+            endpoint: Where, if the circuit is to be shared where anything is.
             **changes: To the policy.
         """
         given = self.circuit_policy
@@ -137,12 +137,12 @@ class ClientState:
             "listener": self.hub,
             "client": self.name,
         }
-        if self.shared_state is None or way is None:
+        if self.shared_state is None or endpoint is None:
             return CircuitBreaker(policy, **facts)
-        return self.shared_state.circuit(way, policy, **facts)
+        return self.shared_state.circuit(endpoint, policy, **facts)
 
-    def new_gate(self, label: str, way: tuple[str, str, str], api_key: Any) -> ThrottleGate:
-        """Return an open throttle gate for `api_key` on `way`, shared where anything is."""
+    def new_gate(self, label: str, place: Place) -> ThrottleGate:
+        """Return an open throttle gate for one credential at `place`, shared where anything is."""
         facts: dict[str, Any] = {
             "clock": self.clock,
             "random": self.random,
@@ -152,15 +152,15 @@ class ClientState:
         }
         if self.shared_state is None:
             return ThrottleGate(**facts)
-        return self.shared_state.gate(way, _credential(api_key), **facts)
+        return self.shared_state.gate(place.endpoint, place.credential or "", **facts)
 
-    def new_budget(self, way: tuple[str, str, str]) -> RetryBudget:
-        """Return a full retry budget for `way`, shared where anything is."""
+    def new_budget(self, endpoint: Endpoint) -> RetryBudget:
+        """Return a full retry budget for `endpoint`, shared where anything is."""
         tokens = self.retry.budget
         return (
             RetryBudget(tokens)
             if self.shared_state is None
-            else self.shared_state.budget(way, tokens)
+            else self.shared_state.budget(endpoint, tokens)
         )
 
     def attempt(
@@ -191,7 +191,7 @@ class ClientState:
             ends = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))  # noqa: TID251  # people read it
         self.emit(WaitStarted, target, reason=reason, seconds=known, ends=ends)
 
-    def new_limiter(self, label: str, way: tuple[str, str, str], api_key: Any) -> Limiter | None:
+    def new_limiter(self, label: str, place: Place) -> Limiter | None:
         """Return an empty limiter, or None without limits; its rates are shared where anything is."""
         policy = self.limits
         if policy is None:
@@ -199,7 +199,7 @@ class ClientState:
         has_rates = policy.rpm is not None or policy.tpm is not None
         rates = None
         if self.shared_state is not None and has_rates:
-            rates = self.shared_state.rates(way, _credential(api_key), policy)
+            rates = self.shared_state.rates(place.endpoint, place.credential or "", policy)
         return Limiter(policy, clock=self.clock, client=self.name, target=label, rates=rates)
 
     def _new_flights(self) -> Flights:
@@ -341,13 +341,3 @@ class ClientState:
     def __deepcopy__(self, memo: dict[int, Any]) -> ClientState:
         """Return this very runtime: a copy of a client is the same client."""
         return self
-
-
-def _credential(api_key: Any) -> str:
-    """Return the name by which others know `api_key`.
-
-    A key that is no str (a function that fetches tokens) has no lasting value by which they could:
-    nobody else has the name of what it is used for.
-    """
-    is_lasting = api_key is None or isinstance(api_key, str)
-    return tenant_of(api_key) if is_lasting else uuid.uuid4().hex

@@ -2,16 +2,16 @@
 
 A key holds the version of this format, the store's namespace and the client's name, so that those
 never mix; model, endpoint and credential are in it only as a salted hash. The hash is in braces:
-what belongs to one way to a provider lies on one node of a cluster.
+what belongs to one endpoint lies on one node of a cluster.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from dspy_resilient._support.canonical import stand_in
+from dspy_resilient.providers.endpoint import Endpoint
 from dspy_resilient.shared.answers import SharedAnswers
 from dspy_resilient.shared.budget import SharedBudget
 from dspy_resilient.shared.circuit import SharedCircuit
@@ -83,23 +83,21 @@ class SharedState:
         self._contact = Contact(clock=clock, emit=emit)
         self._courier = Courier(store, self._contact)
 
-    def circuit(
-        self, way: tuple[str, str, str], policy: CircuitPolicy, **facts: Any
-    ) -> SharedCircuit:
-        """Return the circuit of one way to a provider."""
-        return SharedCircuit(self._courier, self._key(way, "circuit"), policy, **facts)
+    def circuit(self, endpoint: Endpoint, policy: CircuitPolicy, **facts: Any) -> SharedCircuit:
+        """Return the circuit of one endpoint."""
+        return SharedCircuit(self._courier, self._key(endpoint, "circuit"), policy, **facts)
 
-    def gate(self, way: tuple[str, str, str], credential: str, **facts: Any) -> SharedGate:
-        """Return the throttle gate of one credential on one way to a provider."""
-        return SharedGate(self._courier, self._key(way, "throttle", credential), **facts)
+    def gate(self, endpoint: Endpoint, credential: str, **facts: Any) -> SharedGate:
+        """Return the throttle gate of one credential on one endpoint."""
+        return SharedGate(self._courier, self._key(endpoint, "throttle", credential), **facts)
 
-    def budget(self, way: tuple[str, str, str], tokens: int) -> SharedBudget:
-        """Return the retry budget of one way to a provider."""
-        return SharedBudget(self._courier, self._key(way, "budget"), tokens)
+    def budget(self, endpoint: Endpoint, tokens: int) -> SharedBudget:
+        """Return the retry budget of one endpoint."""
+        return SharedBudget(self._courier, self._key(endpoint, "budget"), tokens)
 
-    def rates(self, way: tuple[str, str, str], credential: str, policy: LimitPolicy) -> SharedRates:
-        """Return the rates of one credential on one way to a provider."""
-        key = self._key(way, "rate", credential)
+    def rates(self, endpoint: Endpoint, credential: str, policy: LimitPolicy) -> SharedRates:
+        """Return the rates of one credential on one endpoint."""
+        key = self._key(endpoint, "rate", credential)
         return SharedRates(self._courier, key, policy.rpm, policy.tpm)
 
     def answers(self, kept: float) -> SharedAnswers:
@@ -108,18 +106,18 @@ class SharedState:
         They have a courier of their own: a long answer holds up no circuit.
         """
         courier = Courier(self._store, self._contact)
-        return SharedAnswers(courier, self._key(("", "", ""), "cache"), kept)
+        return SharedAnswers(courier, self._key(Endpoint("", ""), "cache"), kept)
 
     def close(self) -> None:
         """Close the connections that were opened for this client."""
         if self._opened:
             self._store.close()
 
-    def _key(self, way: tuple[str, str, str], kind: str, credential: str | None = None) -> str:
+    def _key(self, endpoint: Endpoint, kind: str, credential: str | None = None) -> str:
         namespace, name = (quote(each, safe="") for each in self._space)
-        key = f"{_FORMAT}:{namespace}:{name}:{{{self._digest(repr(way))}}}:{kind}"
+        key = f"{_FORMAT}:{namespace}:{name}:{{{self._digest(repr(endpoint))}}}:{kind}"
         return key if credential is None else f"{key}:{self._digest(credential)}"
 
     def _digest(self, text: str) -> str:
         salt = f"{_FORMAT} {self._space}".encode()
-        return hmac.new(salt, text.encode(), hashlib.sha256).hexdigest()[:32]
+        return stand_in(text, salt)[:32]

@@ -1,15 +1,13 @@
-"""The ways to a provider, each with the circuit, gate, limits and retry budget that guard it.
+"""The routes to a provider, each with the circuit, gate, limits and retry budget that guard it.
 
-A way is model, kind of call and endpoint: it has the circuit and the budget. A route is a way with
-a credential: it has the throttle gate, the limits, and a circuit of its own for refused
-credentials, so that one tenant's key or quota never stops another. This module decides
-nothing about order, retries or waiting.
+An endpoint has the circuit and the budget. A route is an endpoint asked with one credential: it has
+the throttle gate, the limits, and a circuit of its own for refused credentials, so that one tenant's
+key or quota never stops another. This module decides nothing about order, retries or waiting.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import threading
 from contextlib import suppress
 from functools import partial
@@ -19,9 +17,9 @@ import cachetools
 
 from dspy_resilient import providers
 from dspy_resilient._support.fork import renew_after_fork
-from dspy_resilient._support.redact import redact
 from dspy_resilient.circuit import CircuitState
 from dspy_resilient.outcomes import Kind, Outcome, classify, redacted
+from dspy_resilient.providers.endpoint import resolve
 from dspy_resilient.stats.latency import duration
 from dspy_resilient.targets.supervisor import Supervisor
 
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from dspy_resilient.limits import RetryBudget
     from dspy_resilient.outcomes import Verdict
     from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.providers.endpoint import Endpoint, Place
     from dspy_resilient.shared.circuit import SharedCircuit
     from dspy_resilient.shared.link import Link
 
@@ -81,42 +80,34 @@ class Admission:
             self._permit.neutral()
 
 
-def label_of(way: tuple[str, str, str]) -> str:
-    """Return model and endpoint for people, without what may be secret in an address."""
-    model, _, endpoint = way
-    return f"{model} at {redact(endpoint)}" if endpoint else model
-
-
 class Route:
     """One way to a provider: a circuit per endpoint, and gate, limits and access per credential."""
 
     def __init__(
         self,
         runtime: ClientState,
-        way: tuple[str, str, str],
-        api_key: Any,
+        place: Place,
         circuit: CircuitBreaker | None,
         budget: RetryBudget,
     ) -> None:
-        self.label = label = label_of(way)
+        self.label = label = place.endpoint.label
         self.circuit = circuit
         self.budget = budget
         self.access: CircuitBreaker | None = None
         self.shared = cast("SharedCircuit", circuit) if runtime.shared_state is not None else None
-        self.gate = gate = runtime.new_gate(label, way, api_key)
+        self.gate = gate = runtime.new_gate(label, place)
         shares = runtime.shared_state is not None
         self.links = cast("tuple[Link[Any, Any], ...]", (gate, budget) if shares else ())
-        self._new_limiter = partial(runtime.new_limiter, label, way, api_key)
+        self._new_limiter = partial(runtime.new_limiter, label, place)
         self.limiter = self._new_limiter()
         self._runtime = runtime
         if circuit is not None and circuit.policy.listen == "provider":
-            self._listen(*way)
+            self._listen(place)
 
-    def _listen(self, model: str, _: str, endpoint: str) -> None:
+    def _listen(self, place: Place) -> None:
         """Learn from every LiteLLM call of the process to the same provider and endpoint."""
-        provider = model.partition("/")[0]
-        place = endpoint or providers.home_of(provider)
-        providers.subscribe(provider, place, self.hear, self._runtime.connections)
+        url = place.endpoint.url or providers.home_of(place.provider)
+        providers.subscribe(place.provider, url, self.hear, self._runtime.connections)
 
     def hear(self, evidence: providers.CallbackEvent, succeeded: bool) -> None:
         """Let the circuit know how somebody else's call to this provider went."""
@@ -243,9 +234,9 @@ class Routes:
         self._shared = shared
         self.renew()
         renew_after_fork(self)
-        self._routes: cachetools.LRUCache[tuple[Any, ...], Route] = cachetools.LRUCache(self._MOST)
-        self._ways: cachetools.LRUCache[tuple[Any, ...], tuple[CircuitBreaker | None, RetryBudget]]
-        self._ways = cachetools.LRUCache(self._MOST)
+        self._routes: cachetools.LRUCache[Place, Route] = cachetools.LRUCache(self._MOST)
+        self._endpoints: cachetools.LRUCache[Endpoint, tuple[CircuitBreaker | None, RetryBudget]]
+        self._endpoints = cachetools.LRUCache(self._MOST)
 
     def renew(self) -> None:
         """Make the lock anew in a forked child."""
@@ -253,23 +244,23 @@ class Routes:
 
     def find(self, lm: Any, kwargs: dict[str, Any]) -> Route:
         """Return the route of a call with `kwargs` on `lm`."""
-        endpoint, api_key = endpoint_of(lm, kwargs), setting("api_key", lm, kwargs)
-        way = (lm.model, lm.model_type, endpoint)
+        place = resolve(lm.model, lm.model_type, {**lm.kwargs, **kwargs})
         with self._lock:
-            route = self._routes.get((way, api_key))
+            route = self._routes.get(place)
             if route is None:
-                route = self._routes[way, api_key] = self._make(way, api_key)
+                route = self._routes[place] = self._make(place)
             return route
 
-    def _make(self, way: tuple[str, str, str], api_key: Any) -> Route:
-        if way not in self._ways:
+    def _make(self, place: Place) -> Route:
+        endpoint = place.endpoint
+        if endpoint not in self._endpoints:
             runtime = self._runtime
             circuit = self._shared
             if circuit is None and runtime.circuit_policy is not None:
-                circuit = runtime.new_circuit(label_of(way), way)
-            self._ways[way] = circuit, runtime.new_budget(way)
-        circuit, budget = self._ways[way]
-        return Route(self._runtime, way, api_key, circuit, budget)
+                circuit = runtime.new_circuit(endpoint.label, endpoint)
+            self._endpoints[endpoint] = circuit, runtime.new_budget(endpoint)
+        circuit, budget = self._endpoints[endpoint]
+        return Route(self._runtime, place, circuit, budget)
 
     def all(self) -> list[Route]:
         """Return the routes in use."""
@@ -285,18 +276,3 @@ class Routes:
         """Give every route clean limits."""
         for route in self.all():
             route.restart()
-
-
-def setting(name: str, lm: Any, kwargs: dict[str, Any]) -> Any:
-    """Return a call's setting: its own keyword, else the client's."""
-    value = kwargs.get(name)
-    return lm.kwargs.get(name) if value is None else value
-
-
-def endpoint_of(lm: Any, kwargs: dict[str, Any]) -> str:
-    """Return the endpoint a call goes to, or "" for the provider's own."""
-    explicit = setting("api_base", lm, kwargs) or setting("base_url", lm, kwargs)
-    if explicit is None:
-        provider = lm.model.partition("/")[0].upper()
-        explicit = os.environ.get(f"{provider}_API_BASE") or os.environ.get(f"{provider}_BASE_URL")
-    return str(explicit).rstrip("/") if explicit else ""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import dspy
 
-from dspy_resilient.cache import request_key, tenant_of
+from dspy_resilient.providers.endpoint import resolve
 from dspy_resilient.targets.reasoning_models import fit, fit_config
-from dspy_resilient.targets.route import Routes, endpoint_of, setting
+from dspy_resilient.targets.request_key import key_of
+from dspy_resilient.targets.route import Routes
 
 if TYPE_CHECKING:
     from dspy_resilient.pipeline.client import ClientState
@@ -93,7 +94,7 @@ class Target:
 
     def timeout(self, call: Call) -> float | None:
         """Return the timeout of one attempt in seconds, or None if it is not a plain number."""
-        return _seconds(setting("timeout", self.lm, self.kwargs(call)))
+        return _seconds({**self.lm.kwargs, **self.kwargs(call)}.get("timeout"))
 
     @property
     def own_timeout(self) -> float | None:
@@ -104,7 +105,9 @@ class Target:
         """Return the cache key of this call under this target, or None if it is not cached."""
         if call.key is None:
             return None
-        return key_of(self.lm, call.method, self.args(call), self.kwargs(call), self.runtime.tenant)
+        lm, settings = self.lm, {**self.lm.kwargs, **self.kwargs(call)}
+        place = resolve(lm.model, lm.model_type, settings, self.runtime.tenant)
+        return key_of(place, call.method, self.args(call), settings)
 
     def estimate(self, call: Call) -> int:
         """Guess the tokens this call will use, prompt and answer together.
@@ -117,37 +120,10 @@ class Target:
         if isinstance(prompt, dspy.lm15.Request):
             most = prompt.config.max_tokens
         else:
-            most = setting("max_tokens", self.lm, kwargs) or setting(
-                "max_completion_tokens", self.lm, kwargs
-            )
+            settings = {**self.lm.kwargs, **kwargs}
+            most = settings.get("max_tokens") or settings.get("max_completion_tokens")
         return len(text) // 4 + 1000 * blobs + (most if isinstance(most, int) else 256)
 
 
 def _seconds(timeout: Any) -> float | None:
     return timeout if isinstance(timeout, (int, float)) else None
-
-
-# The entry points of DSPy 3.5 return another shape than those of 3.4.
-_ENTRIES = {"generate": "generate", "agenerate": "generate"}
-
-
-def key_of(
-    lm: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], tenant: str | None
-) -> str | None:
-    """Return the cache key of a call on `lm`, or None if it cannot be keyed."""
-    prompt = args[0] if args else kwargs.get("prompt") or kwargs.get("request")
-    request = prompt if isinstance(prompt, dspy.lm15.Request) else None
-    settings = {**lm.kwargs, **kwargs}
-    for name in ("prompt", "messages", "request"):
-        settings.pop(name, None)
-    return request_key(
-        entry=_ENTRIES.get(method, "call" if request is None else "request"),
-        model=lm.model,
-        model_type=lm.model_type,
-        endpoint=endpoint_of(lm, kwargs),
-        tenant=tenant if tenant is not None else tenant_of(setting("api_key", lm, kwargs)),
-        prompt=None if request is not None else prompt,
-        messages=kwargs.get("messages"),
-        kwargs=settings,
-        request=request,
-    )

@@ -22,12 +22,13 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 from dspy.clients import Cache
 from litellm import ModelResponse
 
-from dspy_resilient.cache import Answer, ResponseCache, request_key, tenant_of
+from dspy_resilient.cache import Answer, ResponseCache
 from dspy_resilient.policies import CachePolicy
+from dspy_resilient.providers.endpoint import resolve
+from dspy_resilient.targets.request_key import key_of
 
 ROUNDS = 15
 IGNORED = ["api_key", "api_base", "base_url"]
-TENANT = tenant_of("sk-benchmark")
 SETTINGS = {"temperature": 0.7, "max_tokens": 1000, "rollout_id": None, "api_key": "sk-benchmark"}
 numbers = itertools.count()
 
@@ -67,16 +68,9 @@ def answer(answered):
 
 
 def our_key(asked):
-    return request_key(
-        entry="call",
-        model="openai/gpt-4o-mini",
-        model_type="chat",
-        endpoint="",
-        tenant=TENANT,
-        prompt=None,
-        messages=asked,
-        kwargs=SETTINGS,
-    )
+    settings = {**SETTINGS, "messages": asked}
+    place = resolve("openai/gpt-4o-mini", "chat", settings)
+    return key_of(place, "__call__", (), settings)
 
 
 def their_request(asked):

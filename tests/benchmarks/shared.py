@@ -24,6 +24,7 @@ from dspy_resilient import CachePolicy, LimitPolicy, ResilientLM
 from dspy_resilient.circuit import CircuitBreaker, CircuitState
 from dspy_resilient.limits import Limiter
 from dspy_resilient.policies import CircuitPolicy
+from dspy_resilient.providers.endpoint import Endpoint
 from dspy_resilient.shared import RedisStore, SharedState
 from dspy_resilient.shared.link import VIEW_AGE
 from dspy_resilient.shared.store import (
@@ -38,7 +39,7 @@ from dspy_resilient.testing import Provider
 
 POLICY = CircuitPolicy()
 LIMITS = LimitPolicy(rpm=1e9, tpm=1e12)
-WAY = ("openai/x", "chat", "")
+ENDPOINT = Endpoint("openai/x", "chat")
 REPORT = CircuitReport(
     generation=0, state=CircuitState.CLOSED, age=1.0, remaining=0.0, failures=0, openings=0,
     reason=None, error=None,
@@ -136,7 +137,7 @@ def calls(url):
 def admissions(url):
     """Print what the shared parts of one attempt take."""
     shared_state = SharedState(url, "bench", clock=time.monotonic, emit=lambda *_, **__: None)
-    circuit = shared_state.circuit(WAY, POLICY)
+    circuit = shared_state.circuit(ENDPOINT, POLICY)
     alone = per_call(own, CircuitBreaker(POLICY))
     busy = per_call(shared, circuit)
     print(f"admit and report, own circuit           {alone:8.2f} us")
@@ -148,7 +149,7 @@ def admissions(url):
         shared(circuit)
         waits.append(time.perf_counter() - started)
     print(f"the same after a pause (asks the store) {statistics.median(waits) * 1e6:8.0f} us")
-    limiter, waits = Limiter(LIMITS, rates=shared_state.rates(WAY, "", LIMITS)), []
+    limiter, waits = Limiter(LIMITS, rates=shared_state.rates(ENDPOINT, "", LIMITS)), []
     for _ in range(500):
         started = time.perf_counter()
         with limiter.enter(1000) as slot:

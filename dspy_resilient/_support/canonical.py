@@ -1,10 +1,10 @@
-"""The cache key of a request: equal for equal requests, and only for those.
+"""One form for equal values, and a name for secret ones.
 
-A SHA-256 over a canonical, type-strict form: 30, 30.0, "30" and True differ, the order of a dict
-does not matter, and the key is the same in every process. Plain JSON data takes a fast path (in
-which a tuple counts as a list and an enum as its value, as they would on the wire); anything else
-is spelled out value by value, each with the name of its type. No credential takes part but as an
-HMAC. This module stores nothing, and a request it cannot describe has no key.
+`encode` gives the same bytes for equal data in every process, and only for those: 30, 30.0, "30"
+and True differ, the order of a dict does not matter. Plain JSON data takes a fast path (in which a
+tuple counts as a list and an enum as its value, as they would on the wire); anything else is
+spelled out value by value, each with the name of its type. `stand_in` names a secret without
+telling it. Cache keys, tenants and the keys of a shared store are made of these two.
 """
 
 from __future__ import annotations
@@ -28,102 +28,24 @@ from typing import Any
 
 import orjson
 
-from dspy_resilient._support.redact import is_secret
-
-_TENANT_LABEL = b"dspy_resilient tenant 1"
-
-# What may differ between two requests that ask the same.
-_LEFT_OUT = frozenset(
-    {"cache", "timeout", "request_timeout", "stream_timeout", "metadata", "litellm_metadata"}
-    | {"litellm_call_id", "litellm_trace_id", "litellm_session_id"}
-    | {"num_retries", "max_retries", "retry_strategy", "retry_policy"}
-)
-_HEADERS = frozenset(
-    {"headers", "extra_headers", "default_headers", "extra_query", "default_query"}
-)
-
 _FAST = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+_LABEL = b"dspy_resilient tenant 1"
 
 
-def request_key(
-    *,
-    entry: str,
-    model: str,
-    model_type: str,
-    endpoint: str,
-    tenant: str,
-    prompt: Any,
-    messages: Any,
-    kwargs: Mapping[str, Any],
-    request: Any = None,
-) -> str | None:
-    """Return the key of a request as 64 hex digits, or None if it cannot be keyed; never raise.
+def encode(value: list[Any]) -> bytes:
+    """Return the canonical bytes of `value`.
 
-    Args:
-        entry: Shape of the call: "call", or "request" for a typed request. Their answers differ.
-        model: The model asked.
-        model_type: "chat", "text" or "responses".
-        endpoint: Where it is asked, or "" for the provider's own address.
-        tenant: Whose answers these are: `tenant_of(api_key)`, or a name.
-        prompt: The prompt, or None.
-        messages: The messages, or None. Without any, the prompt is the one message, as for DSPy.
-        kwargs: Settings of client and call, merged. None counts as absent; credentials, secret
-            headers and what does not change the answer (cache flag, timeouts, metadata, retries)
-            are left out.
-        request: The typed request, or None. Local media in it count by their content.
+    Raises:
+        TypeError: If there is something in it whose content cannot be told.
     """
-    try:
-        if not messages and request is None:
-            prompt, messages = None, [{"role": "user", "content": prompt}]
-        said = [] if prompt is None else [prompt]
-        asked = [
-            entry,
-            model,
-            model_type,
-            endpoint,
-            tenant,
-            said,
-            messages or [],
-            _settings(kwargs),
-        ]
-        if request is not None:
-            asked.append(request)
-        return hashlib.sha256(_plain(asked) or _spelled_out(asked)).hexdigest()
-    except Exception:  # noqa: BLE001  # whatever it is that cannot be described, the call goes on
-        return None
+    return _plain(value) or b"\0" + _canonical(_spell(value)).encode()  # plain ones start otherwise
 
 
-def tenant_of(api_key: str | None) -> str:
-    """Return what stands for `api_key` in cache keys: its HMAC-SHA256 in hex, or "" without one.
-
-    A key that is no str (a function that fetches tokens) has no lasting value to stand for, and
-    counts as none.
-    """
-    return _stand_in(api_key) if isinstance(api_key, str) and api_key else ""
-
-
-@functools.lru_cache(maxsize=256)
-def _stand_in(api_key: str) -> str:
-    return hmac.digest(_TENANT_LABEL, api_key.encode("utf-8", "surrogatepass"), "sha256").hex()
-
-
-@functools.lru_cache(maxsize=1024)
-def _counts(name: str) -> bool:
-    return name not in _LEFT_OUT and not is_secret(name)
-
-
-def _settings(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {
-        name: value for name, value in kwargs.items() if value is not None and _counts(name)
-    }
-    if not _HEADERS.isdisjoint(settings):
-        for name in _HEADERS & settings.keys():
-            headers = settings.pop(name)
-            if isinstance(headers, Mapping):
-                headers = {key: value for key, value in headers.items() if not is_secret(str(key))}
-            if headers:
-                settings[name] = headers
-    return settings
+def stand_in(secret: str | bytes, label: bytes = _LABEL) -> str:
+    """Return what may stand for `secret` where others see it: its HMAC-SHA256 in hex."""
+    if isinstance(secret, str):
+        secret = secret.encode("utf-8", "surrogatepass")
+    return hmac.digest(label, secret, "sha256").hex()
 
 
 def _plain(asked: list[Any]) -> bytes | None:
@@ -149,10 +71,6 @@ def _is_finite(asked: list[Any]) -> bool:
             elif isinstance(value, (dict, list, tuple)):
                 holders.append(value)
     return True
-
-
-def _spelled_out(asked: list[Any]) -> bytes:
-    return b"\0" + _canonical(_spell(asked)).encode()  # no plain encoding starts with a zero byte
 
 
 def _canonical(spelled: Any) -> str:

@@ -1,0 +1,409 @@
+"""Whom a call asks, where, and in whose name: what LiteLLM makes of its settings.
+
+LiteLLM takes an address or a key from the call, from its own module (`litellm.api_key`), or from
+the environment, each provider in its own way. `resolve` reads the same places. It takes in what may
+count and not only what does, so that two tenants never pass for one; LiteLLM need not be
+imported for it, and is not. What is resolved is remembered while nothing has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import os
+import re
+import uuid
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import orjson
+
+from dspy_resilient._support.canonical import encode, stand_in
+from dspy_resilient._support.redact import is_secret, redact
+from dspy_resilient.providers.cached import made_so_far
+
+Pairs = tuple[tuple[str, Any], ...]
+
+
+class Endpoint(NamedTuple):
+    """A place where a model is asked; what fails there says nothing about another.
+
+    Attributes:
+        model: The model, as DSPy is told.
+        kind: "chat", "text" or "responses".
+        url: Its address, or "" for the provider's own.
+        scope: What else separates two places: region, project, organization, deployment, version.
+    """
+
+    model: str
+    kind: str
+    url: str = ""
+    scope: Pairs = ()
+
+    @property
+    def label(self) -> str:
+        """Model, address and scope for people, without what may be secret in an address."""
+        label = f"{self.model} at {redact(self.url)}" if self.url else self.model
+        return (
+            f"{label} ({', '.join(str(value) for _, value in self.scope)})" if self.scope else label
+        )
+
+
+class Place(NamedTuple):
+    """Whom a call asks, where, and in whose name.
+
+    Attributes:
+        provider: LiteLLM's name for the provider, or "" where only LiteLLM could tell.
+        endpoint: Where.
+        where: What stands for address and scope in cache keys; "" for the provider's own.
+        credential: What stands for all that says who asks; "" without any, None if that cannot
+            be told.
+    """
+
+    provider: str
+    endpoint: Endpoint
+    where: str
+    credential: str | None
+
+
+Role = Literal["credential", "url", "scope"]
+"""What a setting says about a connection."""
+
+# Settings that hold others, of which a credential may be one.
+HOLDERS = frozenset(
+    {"headers", "extra_headers", "default_headers", "extra_query", "default_query", "extra_body"}
+)
+_URLS = ("base_url", "api_base")  # the former wins
+_SCOPES = frozenset(
+    {"project", "projects", "organization", "org", "region", "location", "deployment", "workspace"}
+    | {"space", "zone"}
+)
+_SCOPE_NAMES = frozenset({"api_version", "api_type", "custom_llm_provider", "openai_organization"})
+_PREFIXES = ("aws_", "azure_", "databricks_", "oci_", "sagemaker_", "vertex_", "watsonx_", "gcp_")
+_CREDENTIAL_NAMES = frozenset({"client_id", "tenant_id", "litellm_credential_name", "zen_api_key"})
+
+# The same for the environment, by the words of a variable's name.
+_WHO = frozenset(
+    {"account", "apikey", "arn", "auth", "client", "credentials", "headers", "jwt", "key", "oauth"}
+    | {"password", "pat", "profile", "role", "secret", "tenant", "token", "username", "zenapikey"}
+)
+_WHERE = _SCOPES | {"base", "endpoint", "host", "type", "url", "version"}
+_ADDRESS = ("base", "url", "endpoint", "host")
+
+# Where the variables of a provider begin otherwise than its name does.
+_ALSO_CALLED = {
+    "aleph_alpha": ("ALEPHALPHA",),
+    "apertis": ("STIMA",),
+    "azure_text": ("AZURE",),
+    "bedrock": ("AWS",),
+    "bedrock_converse": ("AWS", "BEDROCK"),
+    "black_forest_labs": ("BFL",),
+    "cohere": ("CO",),
+    "cohere_chat": ("CO",),
+    "custom_openai": ("OPENAI",),
+    "gemini": ("GOOGLE", "PALM"),
+    "huggingface": ("HF",),
+    "meta_llama": ("LLAMA", "META"),
+    "nvidia_riva": ("NVIDIA",),
+    "ollama_chat": ("OLLAMA",),
+    "openai_like": ("OPENAI",),
+    "openrouter": ("OR",),
+    "sagemaker": ("AWS",),
+    "sagemaker_chat": ("AWS",),
+    "sagemaker_nova": ("AWS",),
+    "scaleway": ("SCW",),
+    "text-completion-openai": ("OPENAI",),
+    "vertex_ai": ("VERTEX", "GOOGLE", "GCE"),
+    "vertex_ai_beta": ("VERTEX", "GOOGLE", "GCE"),
+    "volcengine": ("ARK",),
+    "watsonx": ("WX", "WML", "PROJECTID", "REGION", "SPACEID"),
+    "watsonx_text": ("WATSONX", "WX", "WML", "PROJECTID", "REGION", "SPACEID"),
+}
+_LENDER = "openai"  # whose key LiteLLM takes for others who speak its language
+_PROXY = "USE_LITELLM_PROXY"  # sends everything to one address
+
+# In the order of precedence, where there is more than one and it is worth telling them apart.
+_OPENAI = (
+    ("api_key", ("litellm.api_key", "litellm.openai_key", "OPENAI_API_KEY")),
+    ("api_base", ("litellm.api_base", "OPENAI_BASE_URL", "OPENAI_API_BASE")),
+    ("organization", ("litellm.organization", "OPENAI_ORGANIZATION", "OPENAI_ORG_ID")),
+    ("project", ("OPENAI_PROJECT", "OPENAI_PROJECT_ID")),
+    ("headers", ("litellm.headers",)),
+)
+# Who listens to `litellm.api_base` before the call's own address.
+_MODULE_FIRST = frozenset({"custom", "ollama", "ollama_chat", "petals", "triton"})
+
+
+def resolve(model: str, kind: str, settings: Mapping[str, Any], tenant: str | None = None) -> Place:
+    """Return whom a call with `settings` asks, where, and in whose name; on any thread.
+
+    Args:
+        model: The model, as DSPy is told.
+        kind: "chat", "text" or "responses".
+        settings: Those of client and call, merged as DSPy merges them.
+        tenant: What stands for the credentials in their place, if the user has named them.
+    """
+    given = [
+        (role, name, value if type(value) is str else _hashable(value))
+        for name, value in settings.items()
+        if (role := _ROLES[name]) is not None and value is not None
+    ]
+    if not HOLDERS.isdisjoint(settings):
+        for name in HOLDERS & settings.keys():
+            given += _held(name, settings[name])
+    has_url = bool(settings.get("api_base") or settings.get("base_url"))
+    provider = _provider(model, settings.get("custom_llm_provider"), has_url=has_url)
+    return _place(model, kind, tenant, provider, _surroundings(provider), tuple(given))
+
+
+class _Roles(dict[str, Role | None]):
+    def __missing__(self, name: str) -> Role | None:
+        if len(self) > 4096:  # noqa: PLR2004  # names that a caller makes up
+            self.clear()
+        role = self[name] = _role(name)
+        return role
+
+
+def _role(name: str) -> Role | None:
+    if name in _URLS:
+        return "url"
+    words = _words(name)
+    is_scope = not _SCOPES.isdisjoint(words) or words[-1:] == ["endpoint"]
+    if name.lower() in _SCOPE_NAMES or (is_scope and not is_secret(name)):
+        return "scope"
+    if is_secret(name) or name in _CREDENTIAL_NAMES or name.startswith(_PREFIXES):
+        return "credential"
+    return None
+
+
+_ROLES = _Roles()
+role_of: Callable[[str], Role | None] = _ROLES.__getitem__
+"""Return what a setting, or a header, of this name says about the connection, or None."""
+
+_BREAKS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in _BREAKS.split(name) if word]
+
+
+def _hashable(value: Any) -> Hashable:
+    """Return what compares as `value` does: a function, or an object, that fetches tokens by itself."""
+    if isinstance(value, (str, int, float, bytes)) or callable(value):
+        own: Hashable = value
+        return own
+    try:
+        return encode([value])
+    except TypeError:
+        return value if isinstance(value, Hashable) else None
+
+
+def _held(holder: str, held: Any) -> Iterator[tuple[Role, str, Any]]:
+    """Yield what headers, and the like, say about the connection."""
+    for name, value in held.items() if isinstance(held, Mapping) else ():
+        role = _ROLES[str(name)]
+        if role in ("credential", "scope"):
+            yield role, f"{holder}.{str(name).lower()}", _hashable(value)
+
+
+@functools.lru_cache(maxsize=512)
+def _place(
+    model: str,
+    kind: str,
+    tenant: str | None,
+    provider: str,
+    around: _Surroundings,
+    given: tuple[tuple[Role, str, Any], ...],
+) -> Place:
+    """Put together what was given and what is around; the call's own comes first."""
+    own: dict[str, dict[str, Any]] = {role: {} for role in get_args(Role)}
+    for role, name, value in given:
+        own[role][name] = value
+    urls, scope, who = own["url"], own["scope"], own["credential"]
+    module_url = around.module_url if provider in _MODULE_FIRST else ""
+    url = module_url or next((urls[name] for name in _URLS if urls.get(name)), around.url)
+    meant = {_meaning(name) for name in scope}
+    scope |= {name: value for name, value in around.scope if _meaning(name) not in meant}
+    endpoint = Endpoint(model, kind, str(url).rstrip("/"), tuple(sorted(scope.items())))
+    if not (provider and who.get("api_key")):  # which LiteLLM prefers to what is around
+        who = {**dict(around.credentials), **who}
+    where = stand_in(encode([endpoint.url, endpoint.scope])) if endpoint.url or scope else ""
+    credential = tenant if tenant is not None else _credential(who)
+    return Place(provider, endpoint, where, credential)
+
+
+def _credential(who: Mapping[str, Any]) -> str | None:
+    names = [[name, _lasting(value)] for name, value in sorted(who.items()) if value != ""]
+    if any(value is None for _, value in names):
+        return None
+    return stand_in(encode(names)) if names else ""
+
+
+def _meaning(name: str) -> str:
+    word = next((word for word in reversed(_words(name)) if word in _WHERE), name)
+    return "org" if word == "organization" else word
+
+
+def _lasting(value: Any) -> Any:
+    is_plain = value is None or isinstance(value, (str, int, float, bytes))
+    return value if is_plain else ["object", _number(value)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _number(fetcher: Hashable) -> str:  # noqa: ARG001  # it is what is remembered
+    """Return the name by which this process knows a function, or an object, that fetches tokens.
+
+    What it fetches does not count, for it changes; whose it is, another process cannot know.
+    """
+    return uuid.uuid4().hex
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Surroundings:
+    """What LiteLLM finds where a call says nothing."""
+
+    url: str
+    module_url: str
+    scope: Pairs
+    credentials: Pairs
+
+
+_remembered: tuple[dict[Any, Any], dict[Any, _Surroundings]] = ({}, {})
+
+
+def _surroundings(provider: str) -> _Surroundings:
+    """Return what the environment and LiteLLM's module say to `provider`, or to any if it is ""."""
+    global _remembered  # noqa: PLW0603  # replaced as a whole, so that it needs no lock
+    variables = getattr(os.environ, "_data", os.environ)  # two dicts compare in 2 us, not in 40
+    module = made_so_far()
+    settings = [module.get(name) for name in _module_names(provider, len(module))]
+    if settings[0] is not None:
+        settings[0] = repr(settings[0])
+    seen, found = _remembered
+    if variables != seen:
+        seen, found = _remembered = dict(variables), {}
+    key = (provider, *settings)
+    around = found.get(key)
+    if around is None:
+        if len(found) > 512:  # noqa: PLR2004  # providers that a caller makes up
+            found.clear()
+        around = found[key] = _look_around(provider, module)
+    return around
+
+
+def _look_around(provider: str, module: Mapping[str, Any]) -> _Surroundings:
+    proxy = ("litellmproxy",) if os.environ.get(_PROXY) or module.get(_PROXY.lower()) else ()
+    found = _variables((*_stems(provider), *proxy))
+    for name in _module_names(provider, len(module)):
+        if value := module.get(name):
+            found[f"litellm.{name}"] = value if isinstance(value, str) else repr(value)
+    if not any(map(_is_who, found)):
+        found |= {name: value for name, value in _variables([_LENDER]).items() if _is_who(name)}
+    if provider == "openai" and not proxy:
+        found = _first_of_each(found)
+    who = {name: value for name, value in found.items() if _is_who(name)}
+    urls = [name for name in found if not _is_who(name) and _words(name)[-1] in _ADDRESS]
+    urls.sort(key=lambda name: (name != "litellm.api_base", name))
+    scope = {n.lower(): value for n, value in found.items() if n not in who and n not in urls[:1]}
+    keys = [name for name in who if _words(name)[-2:] == ["api", "key"]]
+    if len(keys) == 1:  # then it is what a call would name so
+        who["api_key"] = who.pop(keys[0])
+    return _Surroundings(
+        found[urls[0]] if urls else "",
+        found.get("litellm.api_base", ""),
+        tuple(sorted(scope.items())),
+        tuple(sorted((name.lower(), value) for name, value in who.items())),
+    )
+
+
+def _first_of_each(found: Mapping[str, str]) -> dict[str, str]:
+    order = (
+        (meaning, [found[name] for name in names if name in found]) for meaning, names in _OPENAI
+    )
+    return {meaning: values[0] for meaning, values in order if values}
+
+
+def _is_who(name: str) -> bool:
+    return not _WHO.isdisjoint(_words(name))
+
+
+def _variables(stems: Iterable[str]) -> dict[str, str]:
+    """Return the environment's variables that begin with one of `stems`, if they tell anything."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if value
+        and not (_WHO | _WHERE).isdisjoint(words := _words(name))
+        and any(not stem or stem in itertools.accumulate(words) for stem in stems)
+    }
+
+
+@functools.lru_cache(maxsize=512)
+def _stems(provider: str) -> tuple[str, ...]:
+    """Return how the variables of a provider may begin, without the underscores."""
+    core = provider.lower().removeprefix("text-completion-")
+    core = core.removesuffix("_chat").removesuffix("_text")
+    letters = "".join(_words(core))
+    short = letters.removesuffix("ai") if core.endswith(("_ai", "-ai")) or len(letters) > 6 else ""  # noqa: PLR2004  # not openai, xai
+    stems = (letters, f"{letters}ai", short or letters, *_ALSO_CALLED.get(provider, ()))
+    return tuple(dict.fromkeys(stem.lower() for stem in stems)) if provider else ("",)
+
+
+@functools.lru_cache(maxsize=512)
+def _module_names(provider: str, size: int) -> tuple[str, ...]:  # noqa: ARG001  # it grows
+    """Return the names of LiteLLM's module settings that concern `provider`."""
+    general = ("headers", "api_key", "api_base", "api_version", "organization", "use_litellm_proxy")
+    stems = (*_stems(provider), _LENDER)
+    names = (
+        name
+        for name, value in list(made_so_far().items())
+        if (value is None or isinstance(value, str)) and name.islower() and name not in general
+        if not (_WHO | _WHERE).isdisjoint(words := _words(name))
+        if any(stem in itertools.accumulate(words) for stem in stems) or not provider
+    )
+    return (*general, *names)
+
+
+@functools.lru_cache(maxsize=512)
+def _provider(model: str, given: Any, *, has_url: bool) -> str:
+    """Return LiteLLM's name for who serves `model`, or "" where that depends on more."""
+    prefix, slash, _ = model.partition("/")
+    if given or (slash and prefix in _providers()):
+        return str(given or prefix)
+    return "" if has_url else _of_bare_names().get(model, "")
+
+
+@functools.lru_cache(maxsize=1)
+def _of_bare_names() -> dict[str, str]:
+    """Return who serves the models that LiteLLM knows without a prefix, from the table it ships."""
+    prices = _shipped("model_prices_and_context_window_backup.json")
+    serving = {
+        model: facts.get("litellm_provider") for model, facts in prices.items() if "/" not in model
+    }
+    return {
+        model: "vertex_ai" if provider.startswith("vertex_ai-") else provider
+        for model, provider in serving.items()
+        if isinstance(provider, str)
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _providers() -> frozenset[str]:
+    """Return the providers that LiteLLM knows, from the tables it ships."""
+    listed = _shipped("provider_endpoints_support_backup.json").get("providers", {})
+    speaking_openais = _shipped("llms/openai_like/providers.json")
+    return frozenset({*listed, *speaking_openais, *_ALSO_CALLED, *_of_bare_names().values()})
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    """Return a table of LiteLLM's package, without importing it; empty if it has none."""
+    found = importlib.util.find_spec("litellm")
+    try:
+        origin = found.origin if found is not None else None
+        table = orjson.loads(Path(origin or "").with_name(name).read_bytes())
+    except (OSError, ValueError):  # another LiteLLM
+        return {}
+    return table if isinstance(table, dict) else {}
