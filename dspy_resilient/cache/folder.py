@@ -45,6 +45,16 @@ def disk_folder(
     return str(Path(root, "resilient", own))
 
 
+def client_folders(root: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Return the folders of all clients below DSPy's cache folder, or below `root`."""
+    if root is None:
+        found = _dspys_folder()
+        root = None if found is None else Path(found, "resilient")
+    if root is None or not Path(root).is_dir():
+        return []
+    return sorted(each for each in Path(root).iterdir() if each.is_dir())
+
+
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

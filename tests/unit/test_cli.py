@@ -1,115 +1,34 @@
-"""The demo keeps its promises: it ends, it counts honestly, and it leaves nothing behind."""
+"""The command line: what it takes, what it says, and its exit codes."""
 
 from __future__ import annotations
 
-import io
-import re
-import threading
-import time
+import json
+import os
+import subprocess
+import sys
 
-import dspy
 import pytest
 
-from dspy_resilient import ResilientLM
+from dspy_resilient import CachePolicy, __version__
 from dspy_resilient.cli import main
-from dspy_resilient.demo import ROWS, Board, Side, circuit_of, review_of, sentiment_of, table
-from dspy_resilient.testing import Provider, Reset, Status, dspy_answers
+from dspy_resilient.testing import Hang, Status, content_refused, quota_exceeded
 
-
-class Calls:
-    """An event that is set after some calls."""
-
-    def __init__(self, number):
-        self.left = number
-
-    def is_set(self):
-        self.left -= 1
-        return self.left < 0
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.fixture
-def provider():
-    with Provider(dspy_answers(sentiment_of)) as running:
-        yield running
-
-
-@pytest.fixture
-def plain(provider):
-    options = {"engine": "litellm", "cache": False, "num_retries": 0}
-    return dspy.LM("openai/test", api_base=provider.api_base, api_key="dummy", **options)
-
-
-def numbers(text):
-    """The final table's numbers by row, one per side."""
-    rows = {}
-    for line in text.partition("After ")[2].splitlines():
-        for row in ROWS:
-            if line.startswith(f"  {row}  "):
-                rows[row.strip()] = re.split(r" {2,}", line[len(row) + 2 :].strip())
-    return rows
-
-
-@pytest.mark.timeout(60)
-def test_the_demo_ends_by_itself_with_both_sides_counted(capsys):
-    """An outage is staged, both sides answer before and after it, and the exit code is 0."""
-    assert main(["demo", "--seconds", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "\x1b" not in out
-    assert "provider: up" in out
-    rows = numbers(out)
-    assert len(rows) == len(ROWS)
-    assert all(int(count) > 0 for count in rows["answers"])
-    assert all(int(count) > 0 for count in rows["requests sent to the dead provider"])
-    assert rows["of them from the cache"][0] == "0"
-    assert not [t for t in threading.enumerate() if t.name == "dspy-resilient-provider"]
-
-
-def test_a_real_model_meets_no_outage(provider, capsys):
-    """With --model the demo only calls and counts."""
-    to = ["--model", "openai/real", "--api-base", provider.api_base]
-    assert main(["demo", "--seconds", "1", *to]) == 0
-    assert {request.status for request in provider.requests} == {200}
-    assert {request.body["model"] for request in provider.requests} == {"real"}
-    rows = numbers(capsys.readouterr().out)
-    assert rows["requests sent to the dead provider"] == ["-", "-"]
-    assert rows["errors"] == ["0", "0"]
-
-
-def test_ctrl_c_ends_the_demo_cleanly(monkeypatch):
-    """An interruption is an ending like any other: no traceback, no provider left."""
-
-    class Interrupted(io.StringIO):
-        def write(self, text):
-            if "provider:" in text:
-                raise KeyboardInterrupt
-            return super().write(text)
-
-    out = Interrupted()
-    monkeypatch.setattr("sys.stdout", out)
-    assert main(["demo", "--seconds", "5"]) == 130
-    assert out.getvalue().endswith("Stopped.\n")
-    assert not [t for t in threading.enumerate() if t.name == "dspy-resilient-provider"]
-    callers = [t for t in threading.enumerate() if t.name.startswith("demo-")]
-    end = time.monotonic() + 15  # nothing ends the retries of plain dspy.LM
-    for caller in callers:
-        caller.join(max(0.0, end - time.monotonic()))
-    assert not [each.name for each in callers if each.is_alive()]
+KEY = "sk-this-must-never-be-shown-0123456789"
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ([], "required: command"),
-        (["demo", "--seconds", "0"], "from 1 to 45; got 0"),
-        (["demo", "--seconds", "nan"], "from 1 to 45; got nan"),
-        (["demo", "--api-base", "http://x"], "needs --model"),
+        (["demo", "--seconds", "0"], "from 1 to 120; got 0"),
+        (["demo", "--seconds", "nan"], "from 1 to 120; got nan"),
+        (["demo", "--api-base", "http://x"], "--api-base needs --model"),
+        (["demo", "--max-requests", "9"], "--max-requests needs --model"),
+        (["demo", "--max-requests", "0", "--model", "m"], "at least 3; got 0"),
+        (["demo", "--scenario", "flood"], "invalid choice: 'flood'"),
+        (["check"], "required: model"),
+        (["cache"], "required: action"),
     ],
-    ids=["nothing", "zero", "nan", "base"],
 )
 def test_wrong_arguments_are_refused(capsys, arguments, told):
     """The message names the argument and the way out."""
@@ -119,88 +38,178 @@ def test_wrong_arguments_are_refused(capsys, arguments, told):
     assert told in capsys.readouterr().err
 
 
-def test_a_side_counts_what_its_callers_met(provider, plain):
-    """Answers, errors, lost seconds and refused requests are counted one by one."""
-    side = Side("plain", plain, provider)
-    side.call_until(Calls(3))
-    side.go_down()
-    side.call_until(Calls(2))
-    assert (side.answers, side.errors, side.waiting, side.sent_while_down) == (3, 2, 0, 2)
-    assert side.lost > 0
-    assert side.first_answer is None
-    side.come_back()
-    side.call_until(Calls(1))
-    assert (side.answers, side.sent_while_down) == (4, 2)
-    assert side.first_answer > 0
-    assert provider.count == 6
+def test_the_version_is_that_of_the_package(capsys):
+    """`--version`, `__version__` and the installed package agree."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"dspy-resilient {__version__}\n"
 
 
-def test_an_unexpected_error_is_counted_too(provider, plain):
-    """Whatever a call raises, its caller goes on."""
-    provider.script(Reset(), Status(401))
-    side = Side("plain", plain, provider)
-    side.call_until(Calls(3))
-    assert (side.answers, side.errors) == (1, 2)
+def test_the_module_is_the_command():
+    """`python -m dspy_resilient` is `dspy-resilient`."""
+    command = [sys.executable, "-m", "dspy_resilient", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout == f"dspy-resilient {__version__}\n"
 
 
-def test_a_side_that_closes_ends_what_its_callers_wait_for(make):
-    """Ctrl-C need not wait for an outage to end."""
-    side = Side("ours", make(max_wait=60), None)
-    side.lm.circuit.force_open(seconds=50)
-    caller = threading.Thread(target=side.call_until, args=(Calls(1),))
-    caller.start()
-    while not side.lm.health().in_flight:
-        time.sleep(0.01)
-    started = time.monotonic()
-    side.close()
-    caller.join(10)
-    assert time.monotonic() - started < 10
-    assert (side.answers, side.errors) == (0, 1)
+# check
 
 
-def test_some_reviews_repeat_and_the_rest_differ():
-    """A cache has little to hide: one call in eight can be a hit."""
-    reviews = [review_of(number) for number in range(800)]
-    assert len(set(reviews)) == 700 + 3
-    assert {sentiment_of(review) for review in reviews} == {"positive", "negative"}
+def check(provider, model="openai/gpt-4o-mini"):
+    return main(["check", model, "--api-base", provider.api_base])
 
 
-def test_the_circuit_column_says_how_long(make):
-    """An open circuit shows the time that is left; a plain LM has none."""
-    lm = make()
-    assert circuit_of(lm) == "closed"
-    lm.circuit.force_open(seconds=50)
-    assert re.fullmatch(r"forced_open (49\.9|50\.0) s", circuit_of(lm))
-    assert circuit_of(make(circuit=False)) == "none"
-    assert isinstance(lm, ResilientLM)
+def test_a_model_that_answers_is_well(provider, capsys, monkeypatch):
+    """One request; key, endpoint, time, price, abilities; the exit code is 0; no key is shown."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert check(provider) == 0
+    assert provider.count == 1
+    assert provider.requests[0].headers["authorization"] == f"Bearer {KEY}"
+    out = capsys.readouterr().out
+    for words in ("found", provider.api_base, "answered in", "$0.0000", "tools", "all is well"):
+        assert words in out, words
+    assert KEY not in out
 
 
-def test_a_terminal_is_redrawn_in_place(provider, plain):
-    """Each table goes up exactly as many lines as the last one took."""
-    out = Terminal()
-    board = Board([Side("plain", plain, provider)], out)
-    board.show(0.0, "up")
-    board.show(0.1, "DOWN")
-    board.close(0.2)
-    first, second, third = re.split(r"\x1b\[\d+F\x1b\[J", out.getvalue())
-    ups = [int(up) for up in re.findall(r"\x1b\[(\d+)F", out.getvalue())]
-    assert ups == [first.count("\n"), second.count("\n")]
-    assert third.startswith("After 0.2 s:")
+def test_rate_limit_headers_are_shown(provider, capsys):
+    """What the provider says of its limits is what a user wants to know before a long run."""
+    provider.script(Status(200, headers={"x-ratelimit-remaining-requests": "59"}, body=ANSWER))
+    assert check(provider) == 0
+    assert "x-ratelimit-remaining-requests: 59" in capsys.readouterr().out
 
 
-def test_a_file_gets_a_line_now_and_then(provider, plain):
-    """Without a terminal there are plain lines, at most one in two seconds."""
-    out = io.StringIO()
-    board = Board([Side("plain", plain, provider)], out)
-    for tenths in range(41):
-        board.show(tenths / 10, "up")
-    assert out.getvalue().count("\n") == 3
-    assert "plain: 0 ok, 0 errors" in out.getvalue()
+ANSWER = json.dumps(
+    {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "gpt-4o-mini",
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": "Hello"},
+            }
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
+    }
+)
 
 
-def test_the_table_has_one_column_per_side(provider, plain):
-    """Every row has a value for every side."""
-    sides = [Side("left", plain, provider), Side("right", plain, None)]
-    head, _, names, *rows = table(sides, "head").splitlines()
-    assert (head, names.split()) == ("head", ["left", "right"])
-    assert len(rows) == len(ROWS)
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (Status(401), "refuses this key"),
+        (quota_exceeded(), "no money"),
+        (Status(503), "is down"),
+        (Status(404), "name of the model"),
+        (content_refused(), "content filter"),
+    ],
+    ids=["key", "money", "down", "model", "filter"],
+)
+def test_each_problem_has_a_way_out(provider, capsys, fault, told):
+    """One request, one problem, one advice, exit code 1."""
+    provider.always(fault)
+    assert check(provider) == 1
+    out = capsys.readouterr().out
+    assert told in out.splitlines()[-1]
+    assert out.splitlines()[-1].startswith("do ")
+    assert provider.count == 1
+
+
+def test_an_endpoint_that_hangs_is_told_from_one_that_is_down(provider, capsys, monkeypatch):
+    """The check itself has a deadline."""
+    monkeypatch.setattr("dspy_resilient.cli.check.TIMEOUT", 0.5)
+    provider.always(Hang())
+    assert check(provider) == 1
+    assert "No answer in" in capsys.readouterr().out
+
+
+def test_an_endpoint_that_is_not_there(capsys):
+    """A refused connection is an address that is wrong, or a network that is."""
+    assert main(["check", "openai/x", "--api-base", "http://127.0.0.1:9/v1"]) == 1
+    assert "cannot be reached" in capsys.readouterr().out
+
+
+def test_a_missing_key_is_named(capsys, monkeypatch):
+    """Nothing is sent, and the variable to set is named."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert main(["check", "openai/gpt-4o-mini"]) == 1
+    out = capsys.readouterr().out
+    assert "not found: OPENAI_API_KEY" in out
+    assert "Set OPENAI_API_KEY" in out
+
+
+# cache
+
+
+@pytest.fixture
+def folder(make, tmp_path):
+    """A cache folder with two answers of one client and one of another."""
+    for name, prompts in (("one", ("a", "b")), ("other", ("c",))):
+        lm = make(name=name, cache=CachePolicy(disk=tmp_path / name))
+        for prompt in prompts:
+            lm(prompt)
+        lm.close(grace=5)
+    return tmp_path
+
+
+def test_info_counts_what_is_there(folder, capsys):
+    """One line for each client."""
+    assert main(["cache", "info", "--folder", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert str(folder) in out
+    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [["one", "2"], ["other", "1"]]
+
+
+def test_info_of_nothing(tmp_path, capsys):
+    """No folder is no error."""
+    assert main(["cache", "info", "--folder", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out == "No answers on disk.\n"
+
+
+def test_the_default_is_dspys_folder(tmp_path, capsys, monkeypatch):
+    """`cache info` looks where a client with default settings keeps its answers."""
+    (tmp_path / "resilient" / "mine").mkdir(parents=True)
+    monkeypatch.setattr("dspy_resilient.cache.folder._dspys_folder", lambda: str(tmp_path))
+    assert main(["cache", "info"]) == 0
+    assert "mine" in capsys.readouterr().out
+
+
+def test_clear_deletes_one_clients_answers(folder, capsys):
+    """With `--client`, the others stay; a new client finds nothing."""
+    assert main(["cache", "clear", "--folder", str(folder), "--client", "one", "--yes"]) == 0
+    assert "Deleted 2 answers" in capsys.readouterr().out
+    assert len(list(folder.rglob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(("said", "left"), [("y\n", 0), ("\n", 3)])
+def test_clear_asks_first(folder, monkeypatch, said, left):
+    """Only a yes is a yes."""
+    read, write = os.pipe()
+    os.write(write, said.encode())
+    os.close(write)
+    with os.fdopen(read) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["cache", "clear", "--folder", str(folder)]) == (1 if left else 0)
+    assert len(list(folder.rglob("*.json"))) == left
+
+
+def test_export_writes_each_answer(folder, tmp_path, capsys):
+    """One JSON object a line; a damaged entry is left out; an existing file is not overwritten."""
+    next(folder.glob("one/*/*.json")).write_text("rubbish")
+    file = tmp_path / "all.jsonl"
+    assert main(["cache", "export", str(file), "--folder", str(folder)]) == 0
+    assert "Wrote 2 answers" in capsys.readouterr().out
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted(row["client"] for row in rows) == ["one", "other"]
+    assert all("Paris" in json.dumps(row["entry"]) for row in rows)
+    assert main(["cache", "export", str(file), "--folder", str(folder)]) == 1
+    assert "exists" in capsys.readouterr().out
+
+
+def test_export_to_the_terminal(folder, capsys):
+    """`-` is the terminal, and only JSON goes there."""
+    assert main(["cache", "export", "-", "--folder", str(folder)]) == 0
+    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 3
