@@ -45,6 +45,19 @@ _NOTHING = contextlib.nullcontext()
 _MAYBE_BILLED = (Kind.FAILURE, Kind.TIMEOUT, Kind.CANCELLED)
 
 
+class _Told(list[Any]):
+    """The callbacks of a twin: none, and with them none of DSPy's settings either.
+
+    DSPy's method adds the two up. The call has told them all by then, and tells them the end.
+    """
+
+    def __radd__(self, _: object) -> list[Any]:
+        return []
+
+
+_TOLD = _Told()
+
+
 class _Sending:
     """Marks a context as inside an attempt, until that has ended.
 
@@ -164,9 +177,9 @@ class Attempt:
             return self._answer(await method(twin, *args, **kwargs))
 
     def _prepare(self, name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        method = getattr(self.target.kind, name)
+        """Return DSPy's method as it is found now: what tracing has wrapped around it runs."""
         args, kwargs = self.target.args(self.call), dict(self.target.kwargs(self.call))
-        return getattr(method, "__wrapped__", method), args, kwargs
+        return getattr(self.target.kind, name), args, kwargs
 
     @contextlib.contextmanager
     def _scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
@@ -201,7 +214,7 @@ class Attempt:
         twin.__dict__.update(lm.__dict__)
         twin.cache = False
         twin.num_retries = 0
-        twin.callbacks = []
+        twin.callbacks = _TOLD
         twin.history = self.target.history
         twin.update_history = functools.partial(self._take_record, twin)
         if tags:

@@ -10,6 +10,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Self
 
 import dspy
+from dspy.clients.lm import LM  # by reference: a program may put another class at dspy.LM
 
 from dspy_resilient._support.redact import strip_secrets
 from dspy_resilient.events import logger, printable
@@ -166,7 +167,7 @@ def _check(name: str, fallback: Any) -> Any:
             raise TypeError(
                 f"ResilientLM: {name}: a fallback that is a dict needs a model, which is a str"
             )
-        fallback = dspy.LM(**{"engine": "litellm", **fallback})
+        fallback = LM(**{"engine": "litellm", **fallback})
     if isinstance(fallback, str):
         if not fallback:
             raise ValueError(
@@ -218,7 +219,7 @@ def _from_name(primary: Any, model: str, *, inherits: bool) -> Any:
         settings["max_tokens"] = settings.pop("max_completion_tokens")
     settings["engine"] = primary.engine if isinstance(primary.engine, str) else "litellm"
     settings["model_type"] = primary.model_type
-    return dspy.LM(model, **settings)
+    return LM(model, **settings)
 
 
 def _is_of_one_provider(name: str) -> bool:

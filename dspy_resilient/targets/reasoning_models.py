@@ -13,6 +13,7 @@ import functools
 from typing import Any
 
 import dspy
+from dspy.clients.lm import LM  # by reference: a program may put another class at dspy.LM
 
 _LEAST_TOKENS = 16_000  # DSPy's own bound
 _NAMES = ("max_tokens", "max_completion_tokens")
@@ -22,7 +23,7 @@ _NAMES = ("max_tokens", "max_completion_tokens")
 def is_reasoning(model: Any) -> bool:
     """Whether DSPy counts `model` among OpenAI's reasoning models."""
     try:
-        dspy.LM(model, temperature=0.5)
+        LM(model, temperature=0.5)
     except dspy.LMConfigurationError:
         return True
     except ValueError:  # the name of somebody's own LM, which DSPy has no rule for
