@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dspy_resilient.pipeline.client import ClientState
     from dspy_resilient.targets.fallbacks import Fallbacks
 
+_NEVER_CALLED = ("forward", "aforward")
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
@@ -53,6 +54,21 @@ class CallEntry(LM):
     _primary: Target
     _fallbacks: Fallbacks
     _is_rebuilt: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a subclass with a method that is never called here, but would be in `dspy.LM`."""
+        super().__init_subclass__(**kwargs)
+        own = [
+            name
+            for name in _NEVER_CALLED
+            if getattr(cls, name, None) is not getattr(LM, name, None)
+        ]
+        if own:
+            raise TypeError(
+                f"{cls.__name__} overrides {' and '.join(own)}, which a ResilientLM never calls; "
+                "override __call__ and acall around super(), or give engine= an object with "
+                "complete(Request) -> Response"
+            )
 
     @_with_callbacks
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:

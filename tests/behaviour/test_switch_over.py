@@ -77,3 +77,33 @@ def test_what_a_program_saved_with_plain_lms_loads(tmp_path, provider):
     loaded = dspy.Predict("question -> answer")
     loaded.load(tmp_path / "program.json", allow_unsafe_lm_state=True)
     assert type(loaded.lm) is LM
+
+
+@pytest.mark.parametrize("name", ["forward", "aforward"])
+def test_a_subclass_with_a_method_that_is_never_called_is_refused(name):
+    """When it is defined, with what to override instead; also where a mix-in brings it along."""
+    mixin = type("Mixin", (), {name: lambda self, **kwargs: None})
+    for bases, own in (((ResilientLM,), {name: lambda self: None}), ((mixin, ResilientLM), {})):
+        with pytest.raises(TypeError, match=rf"Mine overrides {name}.* __call__ and acall"):
+            type("Mine", bases, own)
+
+
+def test_a_subclass_that_overrides_the_call_is_asked(provider):
+    """By programs too."""
+
+    class Shouting(ResilientLM):
+        def __call__(self, prompt=None, **kwargs):
+            return [each.upper() for each in super().__call__(prompt, **kwargs)]
+
+    with Shouting("openai/test", api_base=provider.api_base, api_key="k") as lm:
+        assert lm("q") == ["PARIS"]
+
+
+def test_a_forward_set_on_one_client_is_called_as_dspy_does(provider, lm):
+    """DSPy 3.4 honours it, with its own warning."""
+    if not hasattr(LM, "aforward"):
+        pytest.skip("gone from DSPy")
+    lm.forward = lambda prompt=None, messages=None, **kwargs: LM.forward(lm, "other", **kwargs)
+    with pytest.warns(DeprecationWarning, match="forward"):
+        assert lm("q") == ["Paris"]
+    assert provider.requests[0].body["messages"][0]["content"] == "other"

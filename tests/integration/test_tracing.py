@@ -18,7 +18,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from dspy_resilient import ResilientLM, RetryPolicy
 from dspy_resilient.testing import Status, dspy_answers
 
-
 QUICK = RetryPolicy(base=0.001)
 
 
@@ -100,12 +99,12 @@ def test_a_plain_wrapper_sees_each_attempt(monkeypatch, provider, make, ask):
     assert recorder.told == [("start", "ResilientLM")] * 2 + [("end", "NoneType")] * 2
 
 
-def test_callbacks_within_an_attempt_are_told(make):
+def test_callbacks_within_an_attempt_are_told():
     """Those of modules that a user's own engine runs on the way."""
 
     class Engine:
         def complete(self, request):
-            inner = dspy.Predict("question -> answer", callbacks=[])
+            inner = dspy.Predict("question -> answer")
             with dspy.context(lm=dspy.utils.DummyLM([{"answer": "inner"}])):
                 inner(question="q")
             return dspy.lm15.Response(
@@ -114,7 +113,7 @@ def test_callbacks_within_an_attempt_are_told(make):
             )  # fmt: skip
 
     recorder = Recorder()
-    with ResilientLM("openai/test", engine=Engine()) as lm, dspy.context(callbacks=[recorder]):
+    with ResilientLM("openai/inner", engine=Engine()) as lm, dspy.context(callbacks=[recorder]):
         assert lm("q") == ["outer"]
     assert [kind for what, kind in recorder.told if what == "start"] == ["ResilientLM", "DummyLM"]
 
