@@ -6,13 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any, Self
 
 from dspy_resilient.lm.entry import CallEntry
-from dspy_resilient.lm.options import (
-    FALLBACKS,
-    Options,
-    check_call_options,
-    refuse_stream,
-    refuse_to_copy,
-)
+from dspy_resilient.lm.options import Options, check_call_options, refuse_to_copy
 from dspy_resilient.lm.saving import (
     STATE_KEY,
     TRAINING,
@@ -21,6 +15,7 @@ from dspy_resilient.lm.saving import (
     load_options,
     savable,
 )
+from dspy_resilient.targets.keywords import FALLBACKS, refuse_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

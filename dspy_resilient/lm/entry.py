@@ -17,13 +17,14 @@ from dspy.utils.callback import with_callbacks
 
 from dspy_resilient.events import CallFinished
 from dspy_resilient.lm.history import entry_of_hit
-from dspy_resilient.lm.options import check_call_options, refuse_ours, refuse_stream
+from dspy_resilient.lm.options import check_call_options
 from dspy_resilient.lm.saving import check_credentials
 from dspy_resilient.pipeline import drivers as drive
 from dspy_resilient.pipeline.attempt import called_by_adapter, is_sending
 from dspy_resilient.pipeline.call import complete
 from dspy_resilient.pipeline.state import Call, Served
 from dspy_resilient.providers.endpoint import resolve
+from dspy_resilient.targets.keywords import refuse_ours, refuse_stream
 from dspy_resilient.targets.request_key import key_of
 from dspy_resilient.targets.target import Target
 

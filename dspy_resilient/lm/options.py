@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import dspy
-
 from dspy_resilient.circuit import CircuitBreaker
 from dspy_resilient.policies import (
     CachePolicy,
@@ -18,6 +16,7 @@ from dspy_resilient.policies import (
     shown,
     text,
 )
+from dspy_resilient.targets.keywords import OF_THE_CLIENT, refuse_misspelt
 
 if TYPE_CHECKING:
     from dspy_resilient.events import Listener
@@ -36,18 +35,6 @@ class _DefaultEngine(str):
 UNSET: Any = _DefaultRetries(3)
 DEFAULT_ENGINE: Any = _DefaultEngine("litellm")
 _ME = "ResilientLM"
-FALLBACKS = ("fallbacks", "context_window_fallbacks", "policy_fallbacks")
-_OF_THE_CLIENT = {
-    *FALLBACKS,
-    "cache_policy",
-    "circuit",
-    "limits",
-    "name",
-    "on_event",
-    "retry",
-    "shared",
-}
-_OURS = _OF_THE_CLIENT | {"max_wait", "deadline"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,31 +112,27 @@ def check_call_options(
         raise TypeError(f"{_ME}: cache must be True, False or None here; got {shown(cache)}")
 
 
-def refuse_stream(kwargs: dict[str, Any]) -> None:
-    """Raise LMUnsupportedFeatureError for stream=True, whose answer is no answer yet."""
-    if kwargs.get("stream"):
-        raise dspy.LMUnsupportedFeatureError(
-            "stream=True is not a setting of an LM call; wrap the program with dspy.streamify",
-            features=["stream"],
-        )
-
-
 def refuse_to_copy(kwargs: dict[str, Any]) -> None:
     """Raise TypeError for what a copy cannot have for itself."""
-    if owned := sorted(_OF_THE_CLIENT & kwargs.keys()):
+    if owned := sorted(OF_THE_CLIENT & kwargs.keys()):
         raise TypeError(
             f"{_ME}.copy: {', '.join(owned)} belongs to the client that all copies share; build a "
             "new ResilientLM instead"
         )
+    refuse_misspelt(kwargs)
 
 
-def refuse_ours(where: str, kwargs: dict[str, Any]) -> None:
-    """Raise TypeError for an argument of ours where only a provider's settings are taken."""
-    if not _OURS.isdisjoint(kwargs):
-        raise TypeError(
-            f"{_ME}: {where} takes no {', '.join(sorted(_OURS & kwargs.keys()))}; give it to the "
-            "client (max_wait and deadline also to a copy)"
+def check_attribute(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError for an attribute that a client cannot have, or not like that."""
+    if name in ("max_wait", "deadline", "num_retries", "cache"):
+        check_call_options(**{name: value})
+    elif name in OF_THE_CLIENT:
+        raise AttributeError(
+            f"{_ME}: {name} is said at construction, for the client and all its copies; build a new "
+            "ResilientLM instead"
         )
+    else:
+        refuse_misspelt((name,))
 
 
 def _policy(name: str, value: Any, *kinds: type[Any]) -> Any:

@@ -18,12 +18,11 @@ from dspy_resilient.cache import disk_folder
 from dspy_resilient.lm.copies import Copyable
 from dspy_resilient.lm.options import (
     DEFAULT_ENGINE,
-    FALLBACKS,
     UNSET,
     Options,
     build_options,
+    check_attribute,
     check_call_options,
-    refuse_stream,
 )
 from dspy_resilient.pipeline import drivers as drive
 from dspy_resilient.pipeline.client import ClientState
@@ -32,6 +31,7 @@ from dspy_resilient.pipeline.in_flight import InFlight
 from dspy_resilient.policies import CachePolicy, number
 from dspy_resilient.providers.endpoint import resolve
 from dspy_resilient.targets.fallbacks import Fallbacks
+from dspy_resilient.targets.keywords import FALLBACKS, refuse_misspelt, refuse_stream
 from dspy_resilient.targets.target import Target
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ class ResilientLM(ClosedAtEnd, Copyable):
         **kwargs: Any,
     ) -> None:
         refuse_stream(kwargs)
+        refuse_misspelt(kwargs)
         check_call_options(max_wait=max_wait, deadline=deadline)
         options = build_options(
             model=model,
@@ -170,6 +171,11 @@ class ResilientLM(ClosedAtEnd, Copyable):
         self._dropped: tuple[str, ...] = ()
         given = (fallbacks, context_window_fallbacks, policy_fallbacks)
         self._start(options, dict(zip(FALLBACKS, given, strict=True)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, checked as the argument of that name is."""
+        check_attribute(name, value)
+        super().__setattr__(name, value)
 
     def _start(self, options: Options, fallbacks: dict[str, Any]) -> None:
         """Make the shared part: empty cache, closed circuits."""

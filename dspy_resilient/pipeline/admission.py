@@ -41,7 +41,7 @@ def clear_the_way(call: Call, client: ClientState, turn: Turn, route: Route) -> 
     check_deadline(call, client)  # a wait may have taken longer than it was to
     client.in_flight.check()
     end_stranded()  # what they hold may be what this call needs
-    refusal = target.routes.supervisor.refusal()
+    refusal = target.refusal()
     if refusal is not None:
         raise rejected(client, route, refusal)
     while True:

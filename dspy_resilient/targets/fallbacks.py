@@ -14,8 +14,8 @@ from dspy.clients.lm import LM  # by reference: a program may put another class 
 
 from dspy_resilient._support.redact import strip_secrets
 from dspy_resilient.events import logger, printable
-from dspy_resilient.lm.options import FALLBACKS, refuse_ours, refuse_stream
 from dspy_resilient.outcomes import Kind
+from dspy_resilient.targets.keywords import FALLBACKS, refuse_ours, refuse_stream
 from dspy_resilient.targets.reasoning_models import fit
 from dspy_resilient.targets.target import CONNECTION, Target
 
@@ -180,7 +180,17 @@ def _check(name: str, fallback: Any) -> Any:
         )
     else:
         refuse_stream(fallback.kwargs)
+        if (lender := _lender(fallback)) is not None and lender.closed:
+            raise ValueError(
+                f"ResilientLM: {name}: a fallback must be open; client {lender.name!r} was closed"
+            )
     return fallback
+
+
+def _lender(fallback: Any) -> ClientState | None:
+    """Return the shared part of a `ResilientLM`, or None for another LM."""
+    lend = getattr(fallback, "_lend_targets", None)
+    return None if lend is None else lend()[0].routes.client
 
 
 def _targets(primary: Any, runtime: ClientState, fallback: Any) -> Iterator[Target]:

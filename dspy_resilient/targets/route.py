@@ -223,14 +223,15 @@ class Routes:
     """The routes of one client, made when first used; the least recently used go.
 
     Attributes:
+        client: Whose they are.
         supervisor: Counts what breaks on the way along any of them.
     """
 
     _MOST = 512
 
-    def __init__(self, runtime: ClientState, shared: CircuitBreaker | None = None) -> None:
-        self.supervisor = Supervisor(clock=runtime.clock, client=runtime.name)
-        self._runtime = runtime
+    def __init__(self, client: ClientState, shared: CircuitBreaker | None = None) -> None:
+        self.supervisor = Supervisor(clock=client.clock, client=client.name)
+        self.client = client
         self._shared = shared
         self.renew()
         renew_after_fork(self)
@@ -254,13 +255,12 @@ class Routes:
     def _make(self, place: Place) -> Route:
         endpoint = place.endpoint
         if endpoint not in self._endpoints:
-            runtime = self._runtime
             circuit = self._shared
-            if circuit is None and runtime.circuit_policy is not None:
-                circuit = runtime.new_circuit(endpoint.label, endpoint)
-            self._endpoints[endpoint] = circuit, runtime.new_budget(endpoint)
+            if circuit is None and self.client.circuit_policy is not None:
+                circuit = self.client.new_circuit(endpoint.label, endpoint)
+            self._endpoints[endpoint] = circuit, self.client.new_budget(endpoint)
         circuit, budget = self._endpoints[endpoint]
-        return Route(self._runtime, place, circuit, budget)
+        return Route(self.client, place, circuit, budget)
 
     def all(self) -> list[Route]:
         """Return the routes in use."""

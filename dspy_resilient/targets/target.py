@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import dspy
 
+from dspy_resilient.errors import ClientClosedError
 from dspy_resilient.providers.endpoint import resolve
 from dspy_resilient.targets.reasoning_models import fit, fit_config
 from dspy_resilient.targets.request_key import key_of
 from dspy_resilient.targets.route import Routes
 
 if TYPE_CHECKING:
+    from dspy_resilient.errors import ResilienceError
     from dspy_resilient.pipeline.client import ClientState
     from dspy_resilient.pipeline.state import Call
     from dspy_resilient.targets.route import Route
@@ -69,6 +71,13 @@ class Target:
     def needs_litellm(self) -> bool:
         """Whether every attempt goes through LiteLLM."""
         return getattr(self.lm, "engine", None) == "litellm"
+
+    def refusal(self) -> ResilienceError | None:
+        """Return why nothing may be sent here at present, or None: its client broke, or is closed."""
+        lender = self.routes.client
+        if lender is not self.runtime and lender.closed:
+            return ClientClosedError(f"client {lender.name!r} is closed", client=lender.name)
+        return self.routes.supervisor.refusal()
 
     def route(self, call: Call) -> Route:
         """Return the way this call takes."""

@@ -7,7 +7,7 @@ import asyncio
 import dspy
 import pytest
 
-from dspy_resilient import ResilientLM
+from dspy_resilient import AllTargetsFailedError, ClientClosedError, ResilientLM
 from dspy_resilient.events import FellBack
 from dspy_resilient.testing import (
     Filtered,
@@ -278,3 +278,33 @@ def test_special_lists_take_no_capability_away():
     """They answer what nobody else would."""
     lm = ResilientLM("openai/gpt-5", context_window_fallbacks=["openai/gpt-3.5-turbo"])
     assert lm.supports_response_schema is True
+
+
+def test_a_closed_client_is_no_fallback(provider, make):
+    """It is refused where it is given, and by the name that its user knows."""
+    closed = make("openai/closed", name="closed one")
+    closed.close()
+    with pytest.raises(ValueError, match=r"fallbacks.*'closed one' was closed"):
+        make(fallbacks=[closed])
+
+
+def test_a_fallback_that_is_closed_later_is_passed_over(provider, second, make, other, ask):
+    """The next one answers; nothing is sent for a closed client, and copies still work."""
+    closing = make("openai/closing", name="closing")
+    lm = make(fallbacks=[closing, other()], num_retries=0)
+    provider.always(Status(503))
+    closing.close()
+    assert ask(lm, "q") == ["Lyon"]
+    assert ask(lm.copy(temperature=0.5), "q") == ["Lyon"]
+    assert set(models(provider)) == {"test"}
+
+
+def test_a_fallback_that_is_closed_later_is_named_if_nobody_answers(provider, make, ask):
+    """Its error says that it is closed."""
+    closing = make("openai/closing", name="closing")
+    lm = make(fallbacks=[closing], num_retries=0)
+    provider.always(Status(503))
+    closing.close()
+    with pytest.raises(AllTargetsFailedError) as caught:
+        ask(lm, "q")
+    assert isinstance(caught.value.errors[-1], ClientClosedError)
