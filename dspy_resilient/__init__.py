@@ -5,10 +5,12 @@ its limits, its retries, and the targets it may fall back to. Nothing is shared 
 shared it.
 """
 
+from dspy_resilient.budgets import Budget, BudgetStop
 from dspy_resilient.circuit import CircuitBreaker, CircuitState
 from dspy_resilient.clients import Clients
 from dspy_resilient.errors import (
     AllTargetsFailedError,
+    BudgetExceededError,
     CallRejectedError,
     CircuitOpenError,
     ClientClosedError,
@@ -24,6 +26,9 @@ from dspy_resilient.policies import CachePolicy, CircuitPolicy, LimitPolicy, Ret
 
 __all__ = [
     "AllTargetsFailedError",
+    "Budget",
+    "BudgetExceededError",
+    "BudgetStop",
     "CachePolicy",
     "CallRejectedError",
     "CircuitBreaker",

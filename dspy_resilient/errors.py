@@ -6,6 +6,7 @@
        │  ├─ CircuitOpenError          also a circuitbreaker.CircuitBreakerError
        │  ├─ ThrottledError            the provider asked us to wait longer than this call may
        │  ├─ LimitExceededError        bulkhead full or rate budget spent
+       │  ├─ BudgetExceededError       the call does not fit a budget
        │  └─ ClientClosedError         close() was called
        ├─ DeadlineExceededError        the call's own deadline passed
        ├─ AllTargetsFailedError        the primary and every fallback failed or were rejected
@@ -88,6 +89,38 @@ class LimitExceededError(CallRejectedError):
     """A limit of our own is used up: too many calls at once, or the rate budget is spent."""
 
     default_code = "limit_exceeded"
+
+
+class BudgetExceededError(CallRejectedError):
+    """The call does not fit a budget; see `Budget` and `LimitPolicy.max_dollars`.
+
+    Attributes:
+        unit: What there is too little of: "dollars", "tokens" or "requests".
+        spent: How much of it has been spent.
+        reserved: How much of it is reserved for requests under way.
+        limit: How much of it there is in all.
+        is_lent: Whether it is the budget of a fallback's own client: another target may do.
+    """
+
+    default_code = "budget_exceeded"
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        unit: str = "dollars",
+        spent: float = 0.0,
+        reserved: float = 0.0,
+        limit: float = 0.0,
+        is_lent: bool = False,
+        **details: Any,
+    ) -> None:
+        super().__init__(message, **details)
+        self.unit = unit
+        self.spent = spent
+        self.reserved = reserved
+        self.limit = limit
+        self.is_lent = is_lent
 
 
 class ClientClosedError(CallRejectedError):

@@ -273,6 +273,10 @@ class LimitPolicy(_Policy):
         max_queue: Calls that may wait for a place, or None (default) for no limit. At least 0.
         rpm: Attempts per minute, or None (default). Above 0.
         tpm: Tokens per minute, prompt and answer together, or None (default). Above 0.
+        max_dollars: Dollars that this client's calls may cost together, fallbacks included, or None
+            (default). Above 0. What does not fit raises BudgetExceededError; see `Budget`.
+        per: How long that lasts: "client" (default) for the client's life, or a "day" or an "hour"
+            of UTC.
         adaptive: Whether the concurrency limit adapts: halved on a 429, lowered on slow answers,
             raised by one for each limit-full of clean ones. Default False.
     """
@@ -281,6 +285,8 @@ class LimitPolicy(_Policy):
     max_queue: int | None = None
     rpm: float | None = None
     tpm: float | None = None
+    max_dollars: float | None = None
+    per: Literal["client", "day", "hour"] = "client"
     adaptive: bool = False
 
     def __post_init__(self) -> None:
@@ -290,4 +296,6 @@ class LimitPolicy(_Policy):
         number(me, "max_queue", self.max_queue, low=0, whole=True, optional=True)
         number(me, "rpm", self.rpm, above=True, optional=True)
         number(me, "tpm", self.tpm, above=True, optional=True)
+        number(me, "max_dollars", self.max_dollars, above=True, optional=True)
+        one_of(me, "per", self.per, ("client", "day", "hour"))
         one_of(me, "adaptive", self.adaptive, (True, False))

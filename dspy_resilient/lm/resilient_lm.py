@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dspy.clients.lm import LM  # by reference: a program may put another class at dspy.LM
 
 from dspy_resilient._support.closable import ClosedAtEnd
+from dspy_resilient.budgets import Budget
 from dspy_resilient.cache import disk_folder
 from dspy_resilient.lm.copies import Copyable
 from dspy_resilient.lm.options import (
@@ -255,6 +256,29 @@ class ResilientLM(ClosedAtEnd, Copyable):
         `print` shows it as a table. The numbers are those of all copies of this client.
         """
         return self._runtime.stats()
+
+    def budget(
+        self,
+        *,
+        dollars: float | None = None,
+        tokens: float | None = None,
+        requests: int | None = None,
+    ) -> Budget:
+        """Bound what this client's calls inside a block may spend: `with lm.budget(dollars=4.0):`.
+
+        Copies and fallbacks count, and so do threads, tasks and DSPy's workers; see `Budget`, which
+        takes several clients.
+
+        Args:
+            dollars: The most dollars, or None (default) for any number. Above 0.
+            tokens: The most tokens, prompt and answer together, or None (default). Above 0.
+            requests: The most requests sent, or None (default). At least 1.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If one is out of range, or nothing is limited.
+        """
+        return Budget(self, dollars=dollars, tokens=tokens, requests=requests)
 
     def explain(self) -> str:
         """Return, for a person, what state the client is in, why, since when and until when.

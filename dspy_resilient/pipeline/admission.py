@@ -11,8 +11,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
+from dspy_resilient.budgets import BudgetStop
 from dspy_resilient.circuit import CircuitBreaker
 from dspy_resilient.errors import (
+    BudgetExceededError,
     DeadlineExceededError,
     LimitExceededError,
     ResilienceError,
@@ -20,6 +22,7 @@ from dspy_resilient.errors import (
 )
 from dspy_resilient.events import CallQueued, CallRejected
 from dspy_resilient.pipeline.in_flight import end_stranded
+from dspy_resilient.pipeline.spending import reserve
 from dspy_resilient.pipeline.state import Wait
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from dspy_resilient.limits import GatePermit, Limiter, Slot, ThrottleGate
     from dspy_resilient.pipeline.attempt import Attempt
     from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.pipeline.spending import Funds
     from dspy_resilient.pipeline.state import Call, Steps, Turn
     from dspy_resilient.targets.route import Admission, Route
     from dspy_resilient.targets.target import Target
@@ -48,18 +52,30 @@ def clear_the_way(call: Call, client: ClientState, turn: Turn, route: Route) -> 
         gate_permit = yield from _pass_gate(call, client, route)
         slot = yield from _take_slot(call, client, target, route, gate_permit)
         admission: Admission | None = None
+        funds: Funds | None = None
         try:
+            funds = yield from _fund(call, client, target)
             if gate_permit.is_current:
                 admission = yield from _admit(call, client, turn, route)
                 turn.early = False
                 if admission is not None and gate_permit.is_current:
-                    return client.attempt(target, call, route, admission, gate_permit, slot)
-        except BaseException:
-            _release(gate_permit, slot, admission)
+                    return client.attempt(target, call, route, admission, gate_permit, slot, funds)
+        except BaseException as error:
+            _release(gate_permit, slot, admission, funds)
+            if isinstance(error, (BudgetExceededError, BudgetStop)):
+                rejected(client, route, error.error if isinstance(error, BudgetStop) else error)
             raise
-        _release(gate_permit, slot, admission)
+        _release(gate_permit, slot, admission, funds)
         if gate_permit.is_current:  # else the gate has closed meanwhile
             raise rejected(client, route, route.rejection())
+
+
+def _fund(call: Call, client: ClientState, target: Target) -> Steps[Funds | None]:
+    """Reserve what the request will cost; wait while that depends on requests under way."""
+    while isinstance(found := reserve(call, client, target), Wait):
+        yield Wait(found.future, min(found.seconds, call.left(client.clock())))
+        check_deadline(call, client)
+    return found
 
 
 def _admit(call: Call, client: ClientState, turn: Turn, route: Route) -> Steps[Admission | None]:
@@ -167,8 +183,13 @@ def _queue(
 
 
 def _release(
-    gate_permit: GatePermit, slot: Slot | None, admission: Admission | None = None
+    gate_permit: GatePermit,
+    slot: Slot | None,
+    admission: Admission | None = None,
+    funds: Funds | None = None,
 ) -> None:
+    if funds is not None:
+        funds.release()
     if slot is not None:
         slot.leave(sent=False)
     gate_permit.release()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from dspy_resilient.limits import GatePermit, Slot
     from dspy_resilient.outcomes import Verdict
+    from dspy_resilient.pipeline.spending import Funds
     from dspy_resilient.pipeline.state import Call
     from dspy_resilient.targets.route import Admission, Route
     from dspy_resilient.targets.target import Target
@@ -114,6 +115,7 @@ class Attempt:
         admission: Admission,
         gate_permit: GatePermit,
         slot: Slot | None,
+        funds: Funds | None = None,
     ) -> None:
         self.target = target
         self.route = route
@@ -122,6 +124,7 @@ class Attempt:
         self._admission = admission
         self._gate_permit = gate_permit
         self._slot = slot
+        self._funds = funds
         self._clock = target.runtime.clock
         self._started = target.runtime.begin("attempts")
         self.limit = call.left(self._started)
@@ -309,6 +312,8 @@ class Attempt:
         """Count what the request cost; what comes later corrects what came before."""
         before, self._spent = self._spent, spent
         self.target.runtime.tally.spend(self.label, spent - before if before else spent)
+        if self._funds is not None:
+            self._funds.settle(spent)
 
     def _report(self, verdict: Verdict, error: BaseException) -> None:
         if self._record is not None:  # an answer that is of no use is billed all the same
@@ -316,6 +321,8 @@ class Attempt:
         elif verdict.kind is not Kind.LOCAL:
             is_open = verdict.kind in _MAYBE_BILLED and may_be_billed(error)
             self._account(UNANSWERED if is_open else NOT_BILLED)
+        elif self._funds is not None:
+            self._funds.release()
         self._admission.failed(verdict, error)
         throttled = verdict.kind is Kind.THROTTLED
         if throttled or (verdict.kind is Kind.FAILURE and verdict.retry_after is not None):

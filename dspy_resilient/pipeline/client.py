@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dspy_resilient import providers
 from dspy_resilient._support.worker import Worker
+from dspy_resilient.budgets import Ledger, Meter, unlimited_but
 from dspy_resilient.cache import Flights, ResponseCache, usable
 from dspy_resilient.circuit import CircuitBreaker, EarlyProbes
 from dspy_resilient.errors import ClientClosedError
@@ -34,11 +35,15 @@ if TYPE_CHECKING:
     from dspy_resilient.cache import Answer
     from dspy_resilient.limits import GatePermit, Slot
     from dspy_resilient.lm.options import Options
+    from dspy_resilient.pipeline.spending import Funds
     from dspy_resilient.pipeline.state import Call
     from dspy_resilient.providers.endpoint import Endpoint, Place
     from dspy_resilient.shared import SharedState
     from dspy_resilient.targets.route import Admission, Route
     from dspy_resilient.targets.target import Target
+
+
+_PERIODS = {"client": math.inf, "day": 86_400.0, "hour": 3_600.0}
 
 
 class Tracer(Protocol):
@@ -82,6 +87,7 @@ class ClientState:
         self.trace(None)
         self.early_probes = EarlyProbes(clock)
         self.tally = Tally()
+        self._meters: dict[str, Meter] = {}
         self._made_at = clock()
         self._minute = LastMinute()
         self._zero: Stats | None = None
@@ -90,6 +96,7 @@ class ClientState:
         self.flights = self._new_flights()
         self.worker = Worker("disk")
         self.shared_state = self._join_fleet()
+        self.ledger = self._new_ledger()
         self.cache = self._new_cache(folder)
         shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
         self.circuit_policy = shared.policy if shared is not None else options.circuit
@@ -102,6 +109,13 @@ class ClientState:
         from dspy_resilient.shared import SharedState  # noqa: PLC0415  # only for those who share
 
         return SharedState(self.options.shared, self.name, clock=self.clock, emit=self.emit)
+
+    def _new_ledger(self) -> Ledger | None:
+        """Return the books of `LimitPolicy.max_dollars`."""
+        policy = self.limits
+        if policy is None or policy.max_dollars is None:
+            return None
+        return Ledger(unlimited_but(policy.max_dollars), seconds=_PERIODS[policy.per])
 
     def _new_cache(self, folder: Callable[[], str | None] | None) -> ResponseCache:
         policy = self.options.cache
@@ -171,9 +185,14 @@ class ClientState:
         admission: Admission,
         gate_permit: GatePermit,
         slot: Slot | None,
+        funds: Funds | None,
     ) -> Attempt:
         """Return one attempt, ready to be sent."""
-        return Attempt(target, call, route, admission, gate_permit, slot)
+        return Attempt(target, call, route, admission, gate_permit, slot, funds)
+
+    def meter(self, target: str) -> Meter:
+        """Return what estimates requests to the target of this label."""
+        return self._meters.setdefault(target, Meter())
 
     def begin(self, what: str) -> float:
         """Count a call or an attempt that begins, and return the clock's reading."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dspy_resilient.errors import (
     AllTargetsFailedError,
+    BudgetExceededError,
     CallRejectedError,
     CircuitOpenError,
     RestartLimitError,
@@ -70,6 +71,8 @@ def special_kind(error: Exception) -> Kind | None:
 
 def leads_on(error: Exception, kept_for: Kind | None) -> bool:
     """Whether the next target may do better; those kept for one kind of error go on at it too."""
+    if isinstance(error, BudgetExceededError):
+        return error.is_lent
     if isinstance(error, (CallRejectedError, RestartLimitError)):
         return True
     verdict = getattr(error, "verdict", None)

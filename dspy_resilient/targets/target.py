@@ -119,9 +119,14 @@ class Target:
         return key_of(place, call.method, self.args(call), settings)
 
     def estimate(self, call: Call) -> int:
-        """Guess the tokens this call will use, prompt and answer together.
+        """Guess the tokens this call will use: its prompt and the most it may answer."""
+        prompt, most = self.guess(call)
+        return prompt + (256 if most is None else most)
 
-        4 characters each, 1,000 for an image or a recording, and the most it may answer.
+    def guess(self, call: Call) -> tuple[int, int | None]:
+        """Guess the tokens of the prompt, and return the most the answer may have, or None.
+
+        4 characters each, and 1,000 for an image or a recording.
         """
         kwargs, args = self.kwargs(call), self.args(call)
         prompt = args[0] if args else kwargs.get("messages") or kwargs.get("prompt")
@@ -131,7 +136,7 @@ class Target:
         else:
             settings = {**self.lm.kwargs, **kwargs}
             most = settings.get("max_tokens") or settings.get("max_completion_tokens")
-        return len(text) // 4 + 1000 * blobs + (most if isinstance(most, int) else 256)
+        return len(text) // 4 + 1000 * blobs, most if isinstance(most, int) else None
 
 
 def _seconds(timeout: Any) -> float | None:

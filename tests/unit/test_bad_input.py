@@ -65,6 +65,7 @@ NUMBERS = [
     (LimitPolicy, "max_queue", 0, None, True, True),
     (LimitPolicy, "rpm", LEAST, None, False, True),
     (LimitPolicy, "tpm", LEAST, None, False, True),
+    (LimitPolicy, "max_dollars", LEAST, None, False, True),
 ]
 OTHERS = {
     (CircuitPolicy, "mode"),
@@ -75,6 +76,7 @@ OTHERS = {
     (CachePolicy, "tenant"),
     (CachePolicy, "shared"),
     (LimitPolicy, "adaptive"),
+    (LimitPolicy, "per"),
 }
 POLICIES = [CircuitPolicy, CachePolicy, RetryPolicy, LimitPolicy]
 
@@ -127,6 +129,7 @@ def test_policies_take_names_only_and_only_theirs(policy):
         (CachePolicy, "shared", None, ValueError),
         (LimitPolicy, "adaptive", 1, ValueError),
         (LimitPolicy, "adaptive", None, ValueError),
+        (LimitPolicy, "per", "week", ValueError),
         (CachePolicy, "store_if", "always", TypeError),
         (CachePolicy, "store_if", True, TypeError),
         (CachePolicy, "disk", 5, TypeError),

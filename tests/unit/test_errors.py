@@ -123,6 +123,7 @@ def test_a_refusal_is_told_from_a_failure_by_its_class():
         "CircuitOpenError",
         "ThrottledError",
         "LimitExceededError",
+        "BudgetExceededError",
         "ClientClosedError",
     }
 
