@@ -36,8 +36,8 @@ class Provider:
     """A scripted provider over HTTP; nothing runs before `start()` or `with`.
 
     It speaks the chat, text, responses and embeddings formats of OpenAI (also at the paths of
-    Azure, Groq, …), Anthropic's messages, Gemini's generateContent and Ollama's two, streamed or
-    not, over keep-alive connections. Methods may be called from any thread and, but for
+    Azure, Groq, …), Anthropic's messages, Gemini's generateContent, Cohere's chat and Ollama's
+    two, streamed or not, over keep-alive connections. Methods may be called from any thread and, but for
     `start()` and `stop()`, from the answer function.
 
     Args:

@@ -100,7 +100,7 @@ def streamed(provider, model, **more):
     return [chunk.choices[0] for chunk in chunks if chunk.choices]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "cohere/m"])
 def test_every_dialect_is_understood(provider, complete, model):
     """Text, finish reason, model and usage arrive through LiteLLM's route."""
     answer = complete(model)

@@ -5,7 +5,7 @@ A dialect words an answer (whole or streamed) and an error. It sends nothing and
 
 from __future__ import annotations
 
-from dspy_resilient.testing.dialects import anthropic, gemini, ollama, openai
+from dspy_resilient.testing.dialects import anthropic, cohere, gemini, ollama, openai
 from dspy_resilient.testing.dialects.base import Dialect
 
 _BY_PATH = (
@@ -16,6 +16,7 @@ _BY_PATH = (
     ("/messages", anthropic.MESSAGES),
     (":generateContent", gemini.GENERATE),
     (":streamGenerateContent", gemini.GENERATE),
+    ("/v2/chat", cohere.CHAT),
     ("/api/chat", ollama.CHAT),
     ("/api/generate", ollama.GENERATE),
 )
@@ -23,6 +24,7 @@ _BY_PATH = (
 _BASES = {
     "anthropic": "",
     "azure": "",
+    "cohere": "/v2/chat",
     "gemini": "",
     "ollama": "",
     "ollama_chat": "",
