@@ -1,4 +1,4 @@
-"""Cohere's chat format, version 2. (LiteLLM 1.110 reads its answers, but not its streams.)"""
+"""Cohere's chat format, version 2. LiteLLM 1.110 reads its answers, but not its streams."""
 
 from __future__ import annotations
 
