@@ -44,9 +44,11 @@ def _whole(turn: Turn) -> dict[str, Any]:
 
 
 def _chunks(turn: Turn) -> list[bytes]:
-    words = [{"message": {"content": {"text": word}}} for word in pieces(_said(turn).text)]
-    events = [{"type": "content-delta", "index": 0, "delta": delta} for delta in words]
-    return [event(each) for each in (*events, {"type": "message-end", "delta": _end(turn)})]
+    words = [
+        event({"type": "content-delta", "index": 0, "delta": {"message": {"content": {"text": word}}}})
+        for word in pieces(_said(turn).text)
+    ]
+    return [*words, event({"type": "message-end", "delta": _end(turn)})]
 
 
 def _error(status: int, kind: ErrorKind) -> dict[str, Any]:
