@@ -45,7 +45,9 @@ def _whole(turn: Turn) -> dict[str, Any]:
 
 def _chunks(turn: Turn) -> list[bytes]:
     words = [
-        event({"type": "content-delta", "index": 0, "delta": {"message": {"content": {"text": word}}}})
+        event(
+            {"type": "content-delta", "index": 0, "delta": {"message": {"content": {"text": word}}}}
+        )
         for word in pieces(_said(turn).text)
     ]
     return [*words, event({"type": "message-end", "delta": _end(turn)})]
