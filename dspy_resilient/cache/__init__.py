@@ -1,8 +1,7 @@
 """What a client remembers: keys, answers, and identical calls under way."""
 
 from dspy_resilient.cache.answer import Answer, usable
-from dspy_resilient.cache.disk import DiskCache
-from dspy_resilient.cache.folder import disk_folder
+from dspy_resilient.cache.disk import DiskCache, disk_folder
 from dspy_resilient.cache.response_cache import CacheNumbers, ResponseCache
 from dspy_resilient.cache.single_flight import Failed, Flights, Landed, Lead, Waiter
 

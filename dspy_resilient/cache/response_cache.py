@@ -45,7 +45,7 @@ class CacheNumbers:
             too large for the disk, or not to be put into JSON.
         disk_hits: Hits that came from disk.
         shared_hits: Hits that came from other processes.
-        disk_errors: Faults of the disk.
+        disk_errors: Faults of the disk, by kind, e.g. "write: ENOSPC".
     """
 
     entries: int
@@ -57,7 +57,7 @@ class CacheNumbers:
     skipped: dict[str, int] = field(default_factory=dict)
     disk_hits: int
     shared_hits: int
-    disk_errors: int
+    disk_errors: dict[str, int] = field(default_factory=dict)
 
 
 class _Entries(TLRUCache[str, Answer]):
@@ -120,11 +120,6 @@ class ResponseCache:
             self._entries.expire()
             return len(self._entries)
 
-    def get(self, key: str) -> Answer | None:
-        """Return the fresh answer stored under `key`, or None: `recall`, then `load`."""
-        answer = self.recall(key)
-        return answer if answer is not None or not self.has_disk else self.load(key)
-
     @property
     def has_disk(self) -> bool:
         """Whether there is a folder, as far as is known before the first use."""
@@ -143,7 +138,7 @@ class ResponseCache:
     def load(self, key: str) -> Answer | None:
         """Return the fresh answer on disk, or None, after `recall` has found nothing. Blocks.
 
-        What follows on a miss, if others share their answers, is `receive`.
+        What follows on a miss, if others share their answers, is `load_shared`.
         """
         answer = self._from_disk(key)
         if answer is not None and not self._is_fresh(answer):
@@ -154,7 +149,7 @@ class ResponseCache:
             self._counts["disk_hits"] += answer is not None
         return answer
 
-    def receive(self, answer: Answer | None, evictions: int) -> Answer | None:
+    def load_shared(self, answer: Answer | None, evictions: int) -> Answer | None:
         """Take what others had when `recall` and `load` found nothing; return it if it is fresh.
 
         Args:
@@ -162,7 +157,7 @@ class ResponseCache:
             evictions: The number of evictions when they were asked: it may be from before the last.
         """
         if answer is not None and evictions == self.evictions:
-            self._take_in(answer, evictions)
+            self._remember_if_newer(answer, evictions)
         is_hit = answer is not None and evictions == self.evictions and self._is_fresh(answer)
         with self._lock:
             self._counts["hits" if is_hit else "misses"] += 1
@@ -170,7 +165,7 @@ class ResponseCache:
         return answer if is_hit else None
 
     def peek(self, key: str) -> Answer | None:
-        """Look again, in memory only, right after `get` has found nothing.
+        """Look again, in memory only, right after `recall` and `load` have found nothing.
 
         For a leader: an identical call may have landed in between. A find counts as a hit and no
         longer as a miss.
@@ -196,12 +191,7 @@ class ResponseCache:
                 self._counts["hits" if self._is_fresh(answer) else "stale"] += 1
         return answer
 
-    def put(self, key: str, answer: Answer) -> None:
-        """Store `answer` under `key`: `keep`, then `save`."""
-        self.keep(key, answer)
-        self.save(answer)
-
-    def keep(self, key: str, answer: Answer) -> None:
+    def store(self, key: str, answer: Answer) -> None:
         """Store `answer` under `key` in memory; what follows is `save`.
 
         Marks the answer with key and time, so one answer belongs under one key.
@@ -217,7 +207,7 @@ class ResponseCache:
     def save(self, answer: Answer) -> None:
         """Write an answer that is kept, and not evicted since, to disk if there is one. Blocks."""
         disk = self._opened_disk()
-        if disk is not None and not answer.is_evicted and disk.put(answer.key, answer):
+        if disk is not None and not answer.is_evicted and disk.store(answer.key, answer):
             self._undo_if_evicted(disk, answer)
 
     def evict(self, key: str) -> None:
@@ -262,7 +252,7 @@ class ResponseCache:
         return CacheNumbers(
             entries=entries,
             skipped={reason: count for reason, count in skipped.items() if count},
-            disk_errors=disk.errors if disk else 0,
+            disk_errors=dict(disk.errors) if disk else {},
             **{name: counts[name] for name in names},
         )
 
@@ -307,7 +297,10 @@ class ResponseCache:
 
     def _disk_at(self, folder: str) -> DiskCache:
         limit = self._policy.disk_bytes
-        return DiskCache(folder, limit_bytes=limit, clock=self._clock, wall=self._wall)
+        beside = self._policy.disk == "auto"
+        return DiskCache(
+            folder, limit_bytes=limit, beside=beside, clock=self._clock, wall=self._wall
+        )
 
     def _undo_if_evicted(self, disk: DiskCache, answer: Answer) -> None:
         """Remove the file of an answer that was evicted while it was being written."""
@@ -320,16 +313,16 @@ class ResponseCache:
         if disk is None:
             return None
         evictions = self.evictions
-        answer = disk.get(key)
+        answer = disk.load(key)
         if answer is None:
             return None
         if self._clock() - answer.stored_at >= self._kept:
             disk.evict(key)
             return None
-        self._take_in(answer, evictions)
+        self._remember_if_newer(answer, evictions)
         return answer
 
-    def _take_in(self, answer: Answer, evictions: int) -> None:
+    def _remember_if_newer(self, answer: Answer, evictions: int) -> None:
         """Put an answer from elsewhere into memory, unless a newer one is there or it was evicted."""
         if self._policy.max_bytes is not None:
             answer.size = _weight(answer)

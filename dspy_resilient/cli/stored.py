@@ -10,8 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, TextIO
 
-from dspy_resilient.cache.disk import DiskCache
-from dspy_resilient.cache.folder import client_folders
+from dspy_resilient.cache.disk import DiskCache, client_folders
 from dspy_resilient.events import printable
 
 if TYPE_CHECKING:

@@ -64,6 +64,8 @@ COUNTERS = (
     Counter("stored", "stored", None, "Answers kept in the cache."),
     Counter("skipped", "skipped", "reason", "Answers not kept in the cache."),
     Counter("evicted", "evicted", None, "Answers dropped from the cache."),
+    Counter("disk_errors", "disk_errors", "kind", "Faults of the cache's disk."),
+    Counter("events_dropped", "events_dropped", None, "Events that a slow listener missed."),
     Counter("prompt_tokens", "prompt_tokens", "target", "Tokens sent and billed."),
     Counter("completion_tokens", "completion_tokens", "target", "Tokens received and billed."),
     Counter("cached_tokens", "cached_tokens", "target", "Tokens sent that the provider had."),

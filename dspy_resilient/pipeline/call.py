@@ -332,7 +332,7 @@ def load(client: ClientState, key: str) -> Steps[Answer | None]:
     if answer is None and cache.others is not None:
         seen = cache.evictions
         found = yield from _hear(cache.others, cache.others.find(key))
-        answer = cache.receive(found, seen)
+        answer = cache.load_shared(found, seen)
     return answer
 
 

@@ -249,7 +249,7 @@ class ClientState:
         else:
             reason = None if self._ask(store_if, answer) else "store_if"
         if reason is None:
-            self.cache.keep(key, answer)
+            self.cache.store(key, answer)
         else:
             self.tally.add(f"skipped:{reason}")
 
@@ -338,6 +338,8 @@ class ClientState:
             stale=cache.stale,
             stored=cache.stored,
             evicted=cache.evicted,
+            disk_errors=cache.disk_errors,
+            events_dropped=self.hub.dropped,
             skipped=skipped,
             failures=sum(failed.values()),
             rejected=sum(refused.values()),
@@ -355,6 +357,9 @@ class ClientState:
         lines = [route.explain() for route in routes]
         if wait := self.routes.supervisor.wait_time():
             lines.append(f"broke too often and is left alone for {duration(wait)}; see restart().")
+        if faults := self.cache.numbers().disk_errors:
+            kinds = ", ".join(f"{kind} ({count:,})" for kind, count in faults.items())
+            lines.append(f"its disk fails, so answers may be kept in memory only: {kinds}.")
         return "\n".join(printable(f"{self.name}: {line}") for line in lines)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ClientState:

@@ -39,6 +39,7 @@ class Health:
         in_flight: Calls under way, those that wait included.
         queued: How many of them wait for a place among the primary's attempts.
         restarts: Times the client was restarted so far.
+        disk_errors: Faults of the cache's disk so far.
     """
 
     client: str
@@ -48,11 +49,13 @@ class Health:
     in_flight: int = 0
     queued: int = 0
     restarts: int = 0
+    disk_errors: int = 0
 
 
 def health_of(runtime: ClientState, model: str, route: Route) -> Health:
     """Return the health of the client whose primary takes `route`."""
     runtime.in_flight.end_stranded()
+    totals = runtime.totals()
     left_alone = runtime.routes.supervisor.wait_time()
     refused = route.wait_time()
     wait = left_alone or refused
@@ -69,5 +72,6 @@ def health_of(runtime: ClientState, model: str, route: Route) -> Health:
         retry_after=wait if 0 < wait < math.inf else None,
         in_flight=len(runtime.in_flight),
         queued=0 if route.limiter is None else route.limiter.queued,
-        restarts=runtime.totals().restarts,
+        restarts=totals.restarts,
+        disk_errors=sum(totals.disk_errors.values()),
     )

@@ -104,6 +104,8 @@ def _rows(stats: Stats) -> Iterator[Row]:
     yield from _some(stats, "stored", "answers kept")
     yield from _some(stats, "evicted", "dropped again")
     yield from _parts(stats, "skipped", "not kept: ")
+    yield from _parts(stats, "disk_errors", "fault of the disk: ")
+    yield from _some(stats, "events_dropped", "events dropped")
     yield from _times(stats)
     yield from _spending(stats)
     if stats.tokens_saved:

@@ -95,6 +95,8 @@ class Stats:
         stored: Answers kept in the cache.
         skipped: Answers not kept, by reason.
         evicted: Answers dropped from the cache.
+        disk_errors: Faults of the cache's disk, by kind, e.g. "write: ENOSPC".
+        events_dropped: Events that a slow listener will not hear.
         tokens_saved: Tokens that hits and coalesced calls did not use.
         cost_saved: Dollars that they did not cost, as far as prices are known.
         spent_by_target: What was billed, by target: failed attempts, retries and fallbacks too, as
@@ -124,6 +126,8 @@ class Stats:
     stored: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
     evicted: int = 0
+    disk_errors: Mapping[str, int] = field(default_factory=dict)
+    events_dropped: int = 0
     tokens_saved: int = 0
     cost_saved: float = 0.0
     spent_by_target: Mapping[str, Spending] = field(default_factory=dict)

@@ -391,3 +391,38 @@ def test_a_wait_ends_with_the_lease_of_a_probe_that_was_lost(watched):
     lm.circuit.force_half_open()
     lm.circuit.admit()  # and forget it
     assert lm("a") == ["Paris"]
+
+
+def test_faults_of_the_disk_are_seen_with_their_kind(provider, make, ask, tmp_path):
+    """A cache that silently lives in memory only would re-bill a run after each restart."""
+    (tmp_path / "file").write_text("no folder")
+    lm = make(cache=CachePolicy(disk=tmp_path / "file"))
+    assert ask(lm, "q") == ["Paris"]
+    assert lm.stats().disk_errors.keys() <= {"read: ENOTDIR", "write: ENOTDIR", "write: EEXIST"}
+    assert lm.stats().disk_errors.keys() & {"write: ENOTDIR", "write: EEXIST"}
+    assert lm.health().disk_errors == sum(lm.stats().disk_errors.values())
+    assert "its disk fails" in lm.explain()
+    assert "fault of the disk: write" in str(lm.stats())
+
+
+def test_events_that_a_slow_listener_missed_are_counted(provider, make, ask, monkeypatch):
+    """What was dropped can be seen."""
+    monkeypatch.setattr("dspy_resilient._support.deliverer.MOST_QUEUED", 2)
+    entered, go_on = threading.Event(), threading.Event()
+
+    def listen(event):
+        entered.set()
+        assert go_on.wait(20)
+
+    lm = make(on_event=listen)
+    slow = threading.Thread(target=lambda: ask(lm, "q"))
+    slow.start()
+    assert entered.wait(20)
+    for number in range(5):
+        other = threading.Thread(target=lambda n=number: ask(lm, f"{n}"))
+        other.start()
+        other.join(20)
+        assert not other.is_alive()
+    assert lm.stats().events_dropped > 0
+    go_on.set()
+    slow.join(20)

@@ -21,8 +21,9 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 from dspy.clients import Cache
 from litellm import ModelResponse
+from whole_cache import WholeCache
 
-from dspy_resilient.cache import Answer, ResponseCache
+from dspy_resilient.cache import Answer
 from dspy_resilient.policies import CachePolicy
 from dspy_resilient.providers.endpoint import resolve
 from dspy_resilient.targets.request_key import key_of
@@ -111,7 +112,7 @@ def keys():
 
 
 def hits(entries):
-    ours, theirs = ResponseCache(CachePolicy(max_entries=entries)), Cache(False, True, None)
+    ours, theirs = WholeCache(CachePolicy(max_entries=entries)), Cache(False, True, None)
     for number in range(entries - 1):
         answered = response() if entries < 1000 else None
         ours.put(f"{number:064x}", Answer(["x"], None))
@@ -129,7 +130,7 @@ def hits(entries):
 
 def disk(folder):
     policy = CachePolicy(disk_bytes=2**30)
-    ours = ResponseCache(policy, folder=str(folder / "ours"))
+    ours = WholeCache(policy, folder=str(folder / "ours"))
     theirs = Cache(True, False, folder / "theirs", 2**30)
     asked = messages(600)
     ours.put(our_key(asked), answer(response()))
@@ -191,7 +192,7 @@ def memory(count=2000):
         tracemalloc.stop()
         return size / count
 
-    ours, theirs = ResponseCache(CachePolicy()), Cache(False, True, None)
+    ours, theirs = WholeCache(CachePolicy()), Cache(False, True, None)
     asked = messages(600)
     mine = growth(lambda n: ours.put(our_key([*asked, {"n": n}]), answer(response(n))))
     other = growth(lambda n: theirs.put(their_request([*asked, {"n": n}]), response(n), IGNORED))

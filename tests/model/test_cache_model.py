@@ -8,8 +8,9 @@ import tempfile
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from whole_cache import WholeCache
 
-from dspy_resilient.cache import Answer, ResponseCache
+from dspy_resilient.cache import Answer
 from dspy_resilient.policies import CachePolicy
 from dspy_resilient.testing.clock import Clock
 
@@ -40,7 +41,7 @@ class MemoryModel(RuleBasedStateMachine):
         self.ttl = float("inf") if ttl is None else ttl
         self.kept = self.ttl + (stale or 0.0)
         policy = CachePolicy(max_entries=size, ttl=ttl, stale_if_error=stale)
-        self.cache = ResponseCache(policy, clock=self.clock)
+        self.cache = WholeCache(policy, clock=self.clock)
         self.entries = []
         self.counts = {"hits": 0, "misses": 0, "stale": 0, "stored": 0, "evicted": 0}
 
@@ -129,9 +130,7 @@ class DiskModel(RuleBasedStateMachine):
     def restart(self):
         policy = CachePolicy(max_entries=2, ttl=self.TTL, stale_if_error=self.STALE)
         self.clock = Clock(50.0)
-        self.cache = ResponseCache(
-            policy, clock=self.clock, folder=self.folder.name, wall=self.wall
-        )
+        self.cache = WholeCache(policy, clock=self.clock, folder=self.folder.name, wall=self.wall)
 
     @rule(key=KEYS, text=TEXTS)
     def put(self, key, text):
@@ -171,7 +170,7 @@ class DiskModel(RuleBasedStateMachine):
 
     @invariant()
     def disk_is_well(self):
-        assert self.cache.numbers().disk_errors == 0
+        assert not self.cache.numbers().disk_errors
 
 
 TestMemory = MemoryModel.TestCase

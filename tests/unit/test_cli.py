@@ -172,7 +172,7 @@ def test_info_of_nothing(tmp_path, capsys):
 def test_the_default_is_dspys_folder(tmp_path, capsys, monkeypatch):
     """`cache info` looks where a client with default settings keeps its answers."""
     (tmp_path / "resilient" / "mine").mkdir(parents=True)
-    monkeypatch.setattr("dspy_resilient.cache.folder._dspys_folder", lambda: str(tmp_path))
+    monkeypatch.setattr("dspy_resilient.cache.disk._dspys_folder", lambda: str(tmp_path))
     assert main(["cache", "info"]) == 0
     assert "mine" in capsys.readouterr().out
 

@@ -42,6 +42,26 @@ def test_no_name_leads_out_of_the_folder(dspys_folder, name):
     assert folder != Path(disk_folder(CachePolicy(), name=name.replace("/", "_") + "_", **CLIENT))
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Fast", "fast"),
+        ("nul", "nul_"),
+        ("CON", "con"),
+        ("com1.txt", "com1"),
+        ("a.", "a"),
+        ("É", "é"),
+    ],
+)
+def test_names_that_a_file_system_takes_for_one_stay_apart(dspys_folder, one, other):
+    """Case is no difference on macOS and Windows, which keeps some names for devices."""
+    folders = [Path(disk_folder(CachePolicy(), name=name, **CLIENT)).name for name in (one, other)]
+    assert folders[0].casefold() != folders[1].casefold()
+    for folder in folders:
+        assert folder.partition(".")[0] not in {"con", "nul", "com1", "aux", "prn"}
+        assert folder == folder.lower().strip(". ")
+
+
 def test_disk_follows_dspys_own(dspys_folder, monkeypatch):
     """Where DSPy keeps its answers we keep ours, and nowhere if it keeps none."""
     monkeypatch.setitem(
