@@ -1,6 +1,6 @@
-"""Answer a file of questions for at most so many requests, and go on where it stopped.
+"""Answer a file of questions for at most so much money, and go on where it stopped.
 
-    python batch_budget.py questions.txt answers.jsonl --max-requests 1000
+    python batch_budget.py questions.txt answers.jsonl --max-dollars 2.50
 
 One question a line goes in, one JSON object a line comes out. A second run asks only what has no answer yet.
 MODEL names another model.
@@ -15,7 +15,7 @@ from threading import Lock
 
 import dspy
 
-from dspy_resilient import ResilientLM
+from dspy_resilient import BudgetExceededError, ResilientLM
 
 qa = dspy.Predict("question -> answer")
 
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Answer questions within a budget.")
     parser.add_argument("questions", type=Path)
     parser.add_argument("answers", type=Path)
-    parser.add_argument("--max-requests", type=int, required=True)
+    parser.add_argument("--max-dollars", type=float, required=True)
     options = parser.parse_args(arguments)
 
     done = set()
@@ -37,15 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
     lm = ResilientLM(
         os.environ.get("MODEL", "openai/gpt-4o-mini"), name="batch", max_wait=900, limits=16
     )
+    budget = lm.budget(dollars=options.max_dollars)
     lock = Lock()
     with options.answers.open("a") as out, ThreadPoolExecutor(16) as pool:
 
         def answer(question: str) -> bool:
-            if lm.stats().attempts >= options.max_requests:
-                return False
             try:
-                with dspy.context(lm=lm):
+                with budget, dspy.context(lm=lm):  # each thread enters the budget
                     text = qa(question=question).answer
+            except BudgetExceededError:
+                return False  # nothing was sent
             except dspy.LMError as error:
                 print(f"no answer: {type(error).__name__}")
                 return False
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         answered = sum(pool.map(answer, todo))
     print(lm.stats())
     left = len(todo) - answered
-    print(f"{answered} answered, {left} left." + (" Run it again to go on." if left else ""))
+    print(f"{answered} answered for ${budget.spent.dollars:.4f}, {left} left." + (" Run it again to go on." if left else ""))
     return left
 
 

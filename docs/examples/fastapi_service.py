@@ -9,6 +9,7 @@ Needs `fastapi` and `uvicorn`. Set OPENAI_API_KEY, and ANTHROPIC_API_KEY for the
 FALLBACK name other models.
 """
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -77,21 +78,35 @@ async def ask(question: str) -> dict[str, str]:
 
 @app.get("/stream")
 async def stream(question: str) -> StreamingResponse:
-    """Answer word by word. An error before the first word is still a 503: it is awaited here."""
+    """Answer word by word. An error before the first word is still a 503: it is waited for."""
+    words: asyncio.Queue[str | None] = asyncio.Queue()
 
-    async def words() -> AsyncIterator[str]:
-        with dspy.context(lm=app.state.lm):
-            async for part in streamed_qa(question=question):
-                if isinstance(part, dspy.streaming.StreamResponse):
-                    yield part.chunk
+    async def ask_model() -> None:
+        streamed = False
+        try:
+            with dspy.context(lm=app.state.lm):
+                async for part in streamed_qa(question=question):
+                    if isinstance(part, dspy.streaming.StreamResponse):
+                        streamed = True
+                        await words.put(part.chunk)
+                    elif isinstance(part, dspy.Prediction) and not streamed:
+                        await words.put(part.answer)  # from the cache, in one piece
+        finally:
+            await words.put(None)
 
-    answer = words()
-    first = await anext(answer, "")
+    asking = asyncio.create_task(ask_model())
+    first = await words.get()
+    if first is None:
+        await asking  # raises what went wrong
 
     async def body() -> AsyncIterator[str]:
-        yield first
-        async for word in answer:
-            yield word
+        try:
+            word = first
+            while word is not None:
+                yield word
+                word = await words.get()
+        finally:
+            asking.cancel()  # the user has gone away
 
     return StreamingResponse(body(), media_type="text/plain")
 
