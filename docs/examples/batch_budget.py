@@ -57,7 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         answered = sum(pool.map(answer, todo))
     print(lm.stats())
     left = len(todo) - answered
-    print(f"{answered} answered for ${budget.spent.dollars:.4f}, {left} left." + (" Run it again to go on." if left else ""))
+    print(
+        f"{answered} answered for ${budget.spent.dollars:.4f}, {left} left."
+        + (" Run it again to go on." if left else "")
+    )
     return left
 
 
