@@ -276,7 +276,7 @@ class LimitPolicy(_Policy):
         max_dollars: Dollars that this client's calls may cost together, fallbacks included, or None
             (default). Above 0. What does not fit raises BudgetExceededError; see `Budget`.
         per: How long that lasts: "client" (default) for the client's life, or a "day" or an "hour"
-            of UTC.
+            of UTC. Where clients share a store, those of one name have one budget.
         adaptive: Whether the concurrency limit adapts: halved on a 429, lowered on slow answers,
             raised by one for each limit-full of clean ones. Default False.
     """

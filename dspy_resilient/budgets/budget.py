@@ -16,7 +16,7 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from dspy_resilient.budgets.ledger import UNLIMITED, Amount, Ledger
-from dspy_resilient.policies import number
+from dspy_resilient.policies import number, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +52,9 @@ class Budget:
         dollars: The most dollars, or None (default) for any number. Above 0.
         tokens: The most tokens, prompt and answer together, or None (default). Above 0.
         requests: The most requests sent, those that fail too, or None (default). At least 1.
+        name: Where a client shares a store (`shared=`), budgets of one name are one budget, in all
+            processes and as long as anything is spent from it within 30 days. None (default): this
+            object alone.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -64,17 +67,28 @@ class Budget:
         dollars: float | None = None,
         tokens: float | None = None,
         requests: int | None = None,
+        name: str | None = None,
     ) -> None:
         me = "Budget"
         number(me, "dollars", dollars, above=True, optional=True)
         number(me, "tokens", tokens, above=True, optional=True)
         number(me, "requests", requests, low=1, whole=True, optional=True)
+        text(me, "name", name)
         given = (dollars, tokens, requests)
         if given == (None, None, None):
             raise ValueError(f"{me}: one of dollars, tokens and requests must be given")
         self._owners = tuple(_owner(each) for each in clients)
         limit = Amount(*(math.inf if each is None else each for each in given))
-        self._ledger = Ledger(limit)
+        self._ledger = self._open(limit, name)
+
+    def _open(self, limit: Amount, name: str | None) -> Ledger:
+        if name is None:
+            return Ledger(limit)
+        stores = [each.shared_state for each in self._owners if each.shared_state is not None]
+        if not stores:
+            raise ValueError("Budget: name needs a client with shared=; got none that shares")
+        ledger: Ledger = stores[0].ledger(name, limit)
+        return ledger
 
     @property
     def limit(self) -> Amount:

@@ -126,8 +126,12 @@ class Ledger:
             return None
         return self._seconds - self._clock() % self._seconds
 
-    def reserve(self, amount: Amount) -> Hold | Future[None] | None:
+    def reserve(self, amount: Amount, *, at_once: bool = False) -> Hold | Future[None] | None:
         """Reserve `amount` for one request.
+
+        Args:
+            amount: What it is estimated to use.
+            at_once: Whether the caller cannot wait, not even for a store to be asked.
 
         Returns:
             The hold; or None if it does not fit, whatever becomes of the requests under way; or,
@@ -138,7 +142,7 @@ class Ledger:
             if self._spent.plus(amount).excess(self.limit):
                 return None
             if self._spent.plus(self._reserved).plus(amount).excess(self.limit):
-                return self._wait()
+                return None if at_once else self._wait()
             return self._hold(amount)
 
     def settle(self, hold: Hold, real: Amount) -> None:

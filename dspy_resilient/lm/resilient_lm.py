@@ -263,6 +263,7 @@ class ResilientLM(ClosedAtEnd, Copyable):
         dollars: float | None = None,
         tokens: float | None = None,
         requests: int | None = None,
+        name: str | None = None,
     ) -> Budget:
         """Bound what this client's calls inside a block may spend: `with lm.budget(dollars=4.0):`.
 
@@ -273,12 +274,13 @@ class ResilientLM(ClosedAtEnd, Copyable):
             dollars: The most dollars, or None (default) for any number. Above 0.
             tokens: The most tokens, prompt and answer together, or None (default). Above 0.
             requests: The most requests sent, or None (default). At least 1.
+            name: With `shared=`: budgets of one name are one budget in all processes. Default None.
 
         Raises:
             TypeError: If an argument has the wrong type.
             ValueError: If one is out of range, or nothing is limited.
         """
-        return Budget(self, dollars=dollars, tokens=tokens, requests=requests)
+        return Budget(self, dollars=dollars, tokens=tokens, requests=requests, name=name)
 
     def explain(self) -> str:
         """Return, for a person, what state the client is in, why, since when and until when.

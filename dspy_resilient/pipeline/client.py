@@ -111,11 +111,14 @@ class ClientState:
         return SharedState(self.options.shared, self.name, clock=self.clock, emit=self.emit)
 
     def _new_ledger(self) -> Ledger | None:
-        """Return the books of `LimitPolicy.max_dollars`."""
+        """Return the books of `LimitPolicy.max_dollars`, shared where anything is."""
         policy = self.limits
         if policy is None or policy.max_dollars is None:
             return None
-        return Ledger(unlimited_but(policy.max_dollars), seconds=_PERIODS[policy.per])
+        limit, seconds = unlimited_but(policy.max_dollars), _PERIODS[policy.per]
+        if self.shared_state is None:
+            return Ledger(limit, seconds=seconds)
+        return self.shared_state.client_ledger(limit, seconds)
 
     def _new_cache(self, folder: Callable[[], str | None] | None) -> ResponseCache:
         policy = self.options.cache

@@ -89,13 +89,13 @@ def reserve(call: Call, client: ClientState, target: Target) -> Funds | Wait | N
     amount = meter.estimate(prompt, most, price)
     holds: list[Hold] = []
     for bound in bounds:
-        found = _reserve(bound, amount)
+        found = _reserve(bound, amount, at_once=not call.may_wait)
         if isinstance(found, Hold):
             holds.append(found)
             continue
         for hold in holds:
             hold.release()
-        if found is None or not call.may_wait:
+        if found is None:
             raise _refusal(client, bound, amount)
         return Wait(found, bound.ledger.patience)
     return Funds(holds, amount, meter, prompt, price)
@@ -118,10 +118,10 @@ def _bounds(client: ClientState, target: Target) -> list[_Bound]:
     return bounds
 
 
-def _reserve(bound: _Bound, amount: Amount) -> Hold | Future[None] | None:
+def _reserve(bound: _Bound, amount: Amount, *, at_once: bool) -> Hold | Future[None] | None:
     if math.isnan(amount.dollars) and bound.ledger.limit.dollars != math.inf:
         return None
-    return bound.ledger.reserve(amount)
+    return bound.ledger.reserve(amount, at_once=at_once)
 
 
 def _refusal(client: ClientState, bound: _Bound, amount: Amount) -> BaseException:

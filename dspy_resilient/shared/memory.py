@@ -15,6 +15,7 @@ import cachetools
 
 from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient._support.wait_queue import LeaseTable, Notifier
+from dspy_resilient.budgets import Amount
 from dspy_resilient.circuit import CircuitState
 from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.outcomes import Outcome
@@ -24,6 +25,7 @@ from dspy_resilient.shared.store import (
     CachedText,
     CircuitView,
     RateView,
+    SpendView,
     ThrottleView,
 )
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         CircuitReport,
         CircuitVerdict,
         RateReport,
+        SpendReport,
         ThrottleReport,
         Verb,
     )
@@ -100,6 +103,12 @@ class MemoryStore:
                 kept = max(full_at.get(name, now + report.believed), now)
                 full_at[name] = kept + report.amount / (report.per_minute / 60)
             return RateView(now, {name: full_at[name] - now for name in reports})
+
+    def spend(self, key: str, report: SpendReport) -> SpendView:
+        """Answer `Store.spend`."""
+        with self._lock:
+            books = self._kept[key] = self._kept.get(key) or _Books()
+            return books.hear(self._clock(), report)
 
     def cache(self, key: str, orders: Sequence[CacheOrder]) -> list[CachedText | None]:
         """Answer `Store.cache`."""
@@ -192,6 +201,30 @@ class _Circuit:
             reason=machine.reason,
             error=machine.last_error,
         )
+
+
+class _Books:
+    """What each member of one budget has spent and holds, and until when that is believed."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, tuple[float, Amount, Amount]] = {}
+
+    def hear(self, now: float, report: SpendReport) -> SpendView:
+        members = self._members
+        members[report.member] = now + report.lease, report.spent, report.held
+        spent = reserved = granted = Amount()
+        for until, paid, held in members.values():
+            spent = spent.plus(paid)
+            if until > now:
+                reserved = reserved.plus(held)
+            else:
+                spent = spent.plus(held)
+        for want in report.wants:
+            if spent.plus(reserved).plus(want).excess(report.limit) is None:
+                granted, reserved = granted.plus(want), reserved.plus(want)
+        mine = report.held.plus(granted)
+        members[report.member] = now + report.lease, report.spent, mine
+        return SpendView(at=now, spent=spent, reserved=reserved, granted=granted)
 
 
 class _Gate:

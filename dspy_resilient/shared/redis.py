@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         CircuitView,
         RateReport,
         RateView,
+        SpendReport,
+        SpendView,
         ThrottleReport,
         ThrottleView,
         Verb,
@@ -40,6 +42,7 @@ _ASKS: dict[str, Callable[..., Ask[Any]]] = {
     "throttle": scripts.throttle,
     "budget": scripts.budget,
     "rate": scripts.rate,
+    "spend": scripts.spend,
     "cache": scripts.cache,
 }
 
@@ -121,6 +124,10 @@ class RedisStore:
     def rate(self, key: str, reports: Mapping[str, RateReport]) -> RateView:
         """Answer `Store.rate`."""
         return self._run(scripts.rate(key, reports))
+
+    def spend(self, key: str, report: SpendReport) -> SpendView:
+        """Answer `Store.spend`."""
+        return self._run(scripts.spend(key, report))
 
     def cache(self, key: str, orders: Sequence[CacheOrder]) -> list[CachedText | None]:
         """Answer `Store.cache`."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from dspy_resilient._support.redact import redact
+from dspy_resilient.budgets import Amount
 from dspy_resilient.circuit import CircuitState
 from dspy_resilient.circuit.machine import steps_to_longest
 from dspy_resilient.shared.store import (
@@ -23,6 +24,7 @@ from dspy_resilient.shared.store import (
     CachedText,
     CircuitView,
     RateView,
+    SpendView,
     StoreAnswerError,
     ThrottleView,
 )
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         CacheOrder,
         CircuitReport,
         RateReport,
+        SpendReport,
         ThrottleReport,
     )
 
@@ -69,6 +72,7 @@ CIRCUIT = Script("circuit.lua")
 THROTTLE = Script("throttle.lua")
 BUDGET = Script("budget.lua")
 RATE = Script("rate.lua")
+SPEND = Script("spend.lua")
 CACHE = Script("cache.lua")
 
 
@@ -126,6 +130,19 @@ def rate(key: str, reports: Mapping[str, RateReport]) -> Ask[RateView]:
         return RateView(float(answer["at"]), full_in)
 
     return _in_json(RATE, key, reports, read)
+
+
+def spend(key: str, report: SpendReport) -> Ask[SpendView]:
+    """Return what answers `Store.spend`."""
+    request = {
+        "member": report.member,
+        "spent": report.spent,
+        "held": report.held,
+        "wants": report.wants,
+        "limit": [None if most == math.inf else most for most in report.limit],
+        "lease": report.lease,
+    }
+    return _in_json(SPEND, key, request, _spending, report.kept)
 
 
 def cache(key: str, orders: Sequence[CacheOrder]) -> Ask[list[CachedText | None]]:
@@ -193,6 +210,16 @@ def _throttle(answer: Any) -> ThrottleView:
 
 def _budget(answer: Any) -> BudgetView:
     return BudgetView(at=float(answer["at"]), spent=_whole(answer["spent"]))
+
+
+def _spending(answer: Any) -> SpendView:
+    return SpendView(
+        at=float(answer["at"]),
+        **{
+            name: Amount(*(_seconds(each) for each in answer[name]))
+            for name in ("spent", "reserved", "granted")
+        },
+    )
 
 
 def _texts(answers: Any) -> list[CachedText | None]:

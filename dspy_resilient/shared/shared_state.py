@@ -16,6 +16,7 @@ from dspy_resilient.shared.answers import SharedAnswers
 from dspy_resilient.shared.budget import SharedBudget
 from dspy_resilient.shared.circuit import SharedCircuit
 from dspy_resilient.shared.gate import SharedGate
+from dspy_resilient.shared.ledger import SharedLedger
 from dspy_resilient.shared.link import Contact, Courier
 from dspy_resilient.shared.rates import SharedRates
 from dspy_resilient.shared.redis import RedisStore
@@ -24,6 +25,7 @@ from dspy_resilient.shared.store import Store
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dspy_resilient.budgets import Amount
     from dspy_resilient.policies import CircuitPolicy, LimitPolicy
 
 _FORMAT = "dspy_resilient:1"
@@ -99,6 +101,17 @@ class SharedState:
         """Return the rates of one credential on one endpoint."""
         key = self._key(endpoint, "rate", credential)
         return SharedRates(self._courier, key, policy.rpm, policy.tpm)
+
+    def client_ledger(self, limit: Amount, seconds: float) -> SharedLedger:
+        """Return the books of what all clients of this name may spend in a period."""
+        key = self._key(Endpoint("", ""), "spend", str(seconds))
+        return SharedLedger(self._courier, key, limit, seconds)
+
+    def ledger(self, name: str, limit: Amount) -> SharedLedger:
+        """Return the books of the budget of this name, whatever the clients are called."""
+        namespace = quote(self._space[0], safe="")
+        digest = stand_in(name, f"{_FORMAT} {namespace}".encode())[:32]
+        return SharedLedger(self._courier, f"{_FORMAT}:{namespace}::{{{digest}}}:spend", limit)
 
     def answers(self, kept: float) -> SharedAnswers:
         """Return the cached answers of all clients of this name.

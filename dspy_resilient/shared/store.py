@@ -17,6 +17,7 @@ from dspy_resilient.outcomes import Outcome
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from dspy_resilient.budgets import Amount
     from dspy_resilient.policies import CircuitPolicy
 
 KEPT = 86_400.0
@@ -209,6 +210,46 @@ class RateView(NamedTuple):
     full_in: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpendReport:
+    """What one member of a budget has spent, holds for requests under way, and asks for.
+
+    Attributes:
+        member: Its name.
+        spent: What it has spent in all; so a report that is heard twice counts once.
+        held: What it holds, without what it asks for.
+        wants: What it asks for, one request each; what does not fit is passed over.
+        limit: The most of each unit; inf for no limit.
+        lease: Seconds after which what it holds counts as spent, unless it reports again.
+        kept: Seconds for which the books are kept.
+    """
+
+    member: str
+    spent: Amount
+    held: Amount
+    wants: tuple[Amount, ...] = ()
+    limit: Amount
+    lease: float
+    kept: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpendView:
+    """How a budget stands once a report has been heard.
+
+    Attributes:
+        at: The store's clock.
+        spent: What all members have spent.
+        reserved: What all of them hold, what has been granted included.
+        granted: What of the wants has been granted, together.
+    """
+
+    at: float
+    spent: Amount
+    reserved: Amount
+    granted: Amount
+
+
 class CacheOrder(NamedTuple):
     """What a client wants done with the answers that it shares.
 
@@ -245,7 +286,7 @@ class Verb(NamedTuple):
         arguments: What it takes.
     """
 
-    name: Literal["circuit", "throttle", "budget", "rate", "cache"]
+    name: Literal["circuit", "throttle", "budget", "rate", "spend", "cache"]
     arguments: tuple[Any, ...]
 
 
@@ -292,6 +333,10 @@ class Store(Protocol):
         It is taken at once, into debt if need be, and whoever takes it waits until it has been
         paid for: see `limits.rate.TokenBucket`. So all clients together keep within each rate.
         """
+        ...
+
+    def spend(self, key: str, report: SpendReport) -> SpendView:
+        """Hear `report` about the budget `key`, grant what fits of it, and return how it stands."""
         ...
 
     def cache(self, key: str, orders: Sequence[CacheOrder]) -> list[CachedText | None]:
