@@ -359,8 +359,7 @@ class ResilientLM(ClosedAtEnd, Copyable):
 
     def __repr__(self) -> str:
         """Return name, model and state; no setting that could hold a secret."""
-        circuit = self.circuit
-        state = circuit.state if circuit is not None else "no circuit"
+        state = self._runtime.routes.find(self, {}).state or "no circuit"
         return f"{type(self).__name__}({self.model!r}, name={self.name!r}, circuit={str(state)!r})"
 
     def _repr_html_(self) -> str:

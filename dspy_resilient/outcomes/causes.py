@@ -7,11 +7,17 @@ and it judges nothing.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import orjson
+
 _MOST = 32
+_LONGEST_BODY = 100_000
+_MODERATION = {"flagged_input", "reasons"}  # what OpenRouter adds to a 403
+_MISHAPS = {"ArithmeticError", "AttributeError", "LookupError", "TypeError", "ValueError"}
 
 
 class Causes:
@@ -52,18 +58,30 @@ class Causes:
     def codes(self) -> Iterator[str]:
         """Yield the error codes of the provider."""
         for each in self.chain:
-            body = _get(each, "body")
-            detail = body.get("error", body) if isinstance(body, dict) else None
             dspys = hasattr(type(each), "default_code")  # DSPy's classes have a `code` of their own
             found = [_get(each, "provider_code" if dspys else "code")]
-            if isinstance(detail, dict):
-                found += [detail.get("code"), detail.get("type")]
+            for detail in _details(each):
+                found += [detail.get(name) for name in ("code", "type", "status")]
+                further = detail.get("details")
+                if isinstance(further, dict):
+                    found.append(further.get("error_code"))
             yield from (code for code in found if isinstance(code, str))
 
-    def mentions(self, phrases: tuple[str, ...]) -> bool:
-        """Whether a code or a message holds one of `phrases`."""
-        texts = [*self.codes(), *map(_text, self.chain)]
-        return any(phrase in text for text in texts for phrase in phrases)
+    @property
+    def is_flagged(self) -> bool:
+        """Whether the provider says that its moderation, and not its door, refused the request."""
+        details = (detail for each in self.chain for detail in _details(each))
+        found = (detail.get("metadata") for detail in details)
+        return any(isinstance(each, dict) and not _MODERATION.isdisjoint(each) for each in found)
+
+    @property
+    def mishap(self) -> bool:
+        """Whether what lies at the bottom is an error of Python's own, as of a wrong argument.
+
+        Such a one comes from before the request was sent, or from reading what came back.
+        """
+        names = {base.__name__ for base in type(self.chain[-1]).__mro__}
+        return not _MISHAPS.isdisjoint(names) and "OSError" not in names
 
     def attributes(self, name: str) -> Iterator[Any]:
         """Yield the attribute `name` of every error, None where there is none."""
@@ -83,6 +101,22 @@ class Causes:
                     found.setdefault(name.lower(), value)
             if found:
                 yield found
+
+
+def _details(error: BaseException) -> Iterator[dict[str, Any]]:
+    """Yield what the provider's body says of an error, as the SDK keeps it or as it came."""
+    bodies = [_get(error, "body")]
+    if _is_http_error(error):
+        content = _get(_get(error, "response"), "content")
+        if isinstance(content, bytes) and len(content) < _LONGEST_BODY:
+            with contextlib.suppress(ValueError):
+                bodies.append(orjson.loads(content))
+    for body in bodies:
+        if isinstance(body, list) and body:
+            body = body[0]  # Gemini's, where it streams  # noqa: PLW2901
+        if isinstance(body, dict):
+            detail = body.get("error", body)
+            yield detail if isinstance(detail, dict) else body
 
 
 def _unfold(error: BaseException) -> Iterator[BaseException]:
@@ -139,13 +173,6 @@ def _get(thing: Any, name: str) -> Any:
         return getattr(thing, name, None)
     except Exception:  # noqa: BLE001  # a property of somebody's exception may raise anything
         return None
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # noqa: BLE001  # nor may a broken __str__ hide the error
-        return ""
 
 
 _NEVER_ARRIVED = {"ConnectError", "ConnectTimeout", "ConnectionRefusedError", "gaierror"}

@@ -1,14 +1,13 @@
 """What an error says about the provider, and about what may be tried next.
 
 `classify` is the one place that judges an error, once per attempt. It goes by the class names,
-statuses and attributes of the whole chain of causes, and judges LiteLLM's own exceptions and
-DSPy's translations of them alike. Message text counts only where it says that an account is
-empty. This module decides nothing about waiting, counting or state.
+statuses, codes and attributes of the whole chain of causes, and judges LiteLLM's own exceptions and
+DSPy's translations of them alike. No message counts, for it may echo a prompt. This module decides
+nothing about waiting, counting or state.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -31,6 +30,9 @@ _SPECIAL = frozenset({Kind.CONTEXT, Kind.POLICY})
 _CERTAIN = (
     (Kind.LOCAL, {"BudgetExceededError"}),  # LiteLLM's own budget, set by the user
     (Kind.LOCAL, {"LMConfigurationError", "LMCollectionLimitError", "LMLockTimeoutError"}),
+    # What the HTTP library, or what is below it, will not send:
+    (Kind.LOCAL, {"InvalidURL", "InvalidUrlClientError", "LocalProtocolError"}),
+    (Kind.LOCAL, {"NonHttpUrlClientError", "UnicodeEncodeError", "UnsupportedProtocol"}),
     (Kind.CONTEXT, {"ContextWindowExceededError", "ContextLengthError"}),
     (Kind.POLICY, {"ContentPolicyViolationError"}),
     (Kind.BILLING, {"LMBillingError", "BillingError", "PaymentRequiredError"}),
@@ -49,7 +51,7 @@ _TELLING = (
     # AnyIO's words for a consumer that has left (beneath a transport error, for a socket):
     (Kind.CANCELLED, {"BrokenResourceError", "ClosedResourceError", "EndOfStream"}),
     (Kind.CANCELLED, {"CancelledError"}),
-    (Kind.LOCAL, {"ImportError", "UnsupportedProtocol", "InvalidURL"}),
+    (Kind.LOCAL, {"ImportError"}),
 )
 # And these where nothing else is known:
 _VAGUE = (
@@ -57,18 +59,33 @@ _VAGUE = (
     (Kind.FAILURE, {"LMProviderError", "LMTransportError"}),
 )
 _UNREADABLE = {"JSONDecodeError", "UnicodeDecodeError"}
-_UNEXPECTED = {"ValueError", "LookupError", "TypeError", "AttributeError"}
 
-_POLICY_CODES = {"content_policy_violation", "content_filter"}
-_BILLING_STATUSES = (400, 403, 429)  # that may also say it; a 402 says nothing else
-_BILLING_CODES = (
-    "insufficient_quota",
+_POLICY_CODES = {
+    "content_filter",
+    "content_policy_violation",
+    "data_inspection_failed",  # DashScope
+    "DataInspectionFailed",
+    "moderation_blocked",
+}
+_CODED = (
+    400,
+    403,
+    429,
+)  # statuses whose code may say that an account is empty; a 402 says so itself
+_BILLING_CODES = {
+    "1113",  # Zhipu
+    "Arrearage",  # DashScope
+    "billing_error",
     "billing_hard_limit_reached",
     "billing_not_active",
-    "billing_error",
-    "exceeded_current_quota_error",
-    "credit balance is too low",  # all that Anthropic says, in a 400
-)
+    "credit_balance_exhausted",
+    "enforced_spend_limit_reached",  # Anthropic
+    "exceeded_current_quota_error",  # Moonshot
+    "insufficient_quota",
+    "organization_spend_limit_exceeded",
+    "organization_usage_limit_exceeded",
+    "project_spend_limit_exceeded",
+}
 
 _LONG_ENOUGH = 10.0
 
@@ -79,6 +96,7 @@ def classify(
     seconds: float = 0.0,
     timeout: float | None = None,
     handed_off: bool | None = None,
+    answered: bool | None = None,
     wall: WallClock = time.time,  # noqa: TID251  # a Retry-After date is wall-clock time
 ) -> Verdict:
     """Judge how an attempt ended that raised `error`; never raises.
@@ -93,6 +111,7 @@ def classify(
             if the attempt ran that long, or 10 s; else the caller was merely impatient.
         handed_off: Whether the request was handed to a provider; None if nobody knows. What was
             not is never a provider's fault, whatever status LiteLLM gives it.
+        answered: Whether anything came back; None if that is not known.
         wall: The wall clock that dates are compared with, in seconds since 1970.
     """
     if not isinstance(error, Exception):
@@ -102,8 +121,10 @@ def classify(
     causes = Causes(error)
     if causes.wire_status is None and is_break(causes.chain):
         return _verdict(Kind.BROKEN)
-    kind = Kind.LOCAL if handed_off is False else _kind(causes, handed_off=bool(handed_off))
-    patience = min(_LONG_ENOUGH, math.inf if timeout is None else timeout)
+    kind = Kind.LOCAL
+    if handed_off is not False:
+        kind = _kind(causes, handed_off=bool(handed_off), answered=answered)
+    patience = min(_LONG_ENOUGH, timeout) if timeout is not None and timeout > 0 else _LONG_ENOUGH
     failed = kind is Kind.FAILURE or (kind is Kind.TIMEOUT and seconds >= patience)
     return _verdict(
         kind,
@@ -130,20 +151,21 @@ def _verdict(
     )
 
 
-def _kind(causes: Causes, *, handed_off: bool) -> Kind:
+def _kind(causes: Causes, *, handed_off: bool, answered: bool | None) -> Kind:
     kind = _named(_CERTAIN, causes)
     if kind is not None:
         return kind
-    if not _POLICY_CODES.isdisjoint(causes.codes()):
+    codes = set(causes.codes())
+    if not _POLICY_CODES.isdisjoint(codes) or (causes.status == 403 and causes.is_flagged):  # noqa: PLR2004
         return Kind.POLICY
-    if causes.status in _BILLING_STATUSES and causes.mentions(_BILLING_CODES):
+    if causes.status in _CODED and not _BILLING_CODES.isdisjoint(codes):
         return Kind.BILLING
     if causes.wire_status is not None:
         return _by_status(causes.wire_status)
-    return _without_wire(causes, handed_off=handed_off)
+    return _without_wire(causes, handed_off=handed_off, answered=answered)
 
 
-def _without_wire(causes: Causes, *, handed_off: bool) -> Kind:
+def _without_wire(causes: Causes, *, handed_off: bool, answered: bool | None) -> Kind:
     if causes.sdk_refused:
         return Kind.LOCAL
     if causes.status == 504:  # noqa: PLR2004  # a gateway's timeout is a 5xx, not the client's
@@ -151,6 +173,8 @@ def _without_wire(causes: Causes, *, handed_off: bool) -> Kind:
     kind = _named(_TELLING, causes)
     if kind is None and _is_unreadable_answer(causes, handed_off=handed_off):
         kind = Kind.FAILURE
+    if kind is None and causes.mishap and answered is not None:
+        kind = Kind.FAILURE if answered else Kind.LOCAL
     if kind is None and causes.status is not None:
         kind = _by_status(causes.status)
     if kind is None:
@@ -159,12 +183,10 @@ def _without_wire(causes: Causes, *, handed_off: bool) -> Kind:
 
 
 def _is_unreadable_answer(causes: Causes, *, handed_off: bool) -> bool:
-    """Whether an answer came that LiteLLM could not read; of Gemini's it makes a 422."""
-    if len(causes.chain) == 1:
-        return False  # nobody took it for an answer
-    if not _UNREADABLE.isdisjoint(causes.names):
-        return handed_off or causes.status != 400  # noqa: PLR2004  # our own tool call, misspelt
-    return handed_off and causes.status == 422 and not _UNEXPECTED.isdisjoint(causes.names)  # noqa: PLR2004
+    """Whether an answer came that is no JSON; of Gemini's, LiteLLM makes a 422."""
+    if len(causes.chain) == 1 or _UNREADABLE.isdisjoint(causes.names):
+        return False  # not taken for an answer
+    return handed_off or causes.status != 400  # noqa: PLR2004  # our own tool call, misspelt
 
 
 def _named(rules: Iterable[tuple[Kind, set[str]]], causes: Causes) -> Kind | None:

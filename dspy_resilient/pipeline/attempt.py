@@ -132,6 +132,7 @@ class Attempt:
         self._record: dict[str, Any] | None = None
         self._spent = NOTHING
         self._mark = _Sending()
+        self._evidence: providers.CallbackEvent | None = None
         self._verdict: Verdict | None = None
         self._reported = False
         self._left_behind = False
@@ -272,34 +273,29 @@ class Attempt:
         What a stream's consumer has seen is not said again by anybody.
         """
         self._mark.ended = True
-        verdict = self._settle(error, None)
+        verdict = self._settle(error)
         if self.emitted:
             return dataclasses.replace(verdict, retry=False, next_target=False, special=False)
         return verdict
 
     def _witness(self, evidence: providers.CallbackEvent) -> None:
-        """Hear of a failure from LiteLLM, before the caller does."""
-        if evidence.error is not None:
-            self._settle(evidence.error, evidence.handed_off)
+        """Hear of a failure from LiteLLM, which may yet find another way to an answer."""
+        self._evidence = evidence
 
-    def _settle(self, error: BaseException, handed_off: bool | None) -> Verdict:
+    def _settle(self, error: BaseException) -> Verdict:
         with self._settling:
             if self._verdict is None:
                 self.seconds = self._clock() - self._started
-                self._verdict = self._judge(error, handed_off)
+                self._verdict = self._judge(error)
         verdict = self._verdict
         if not self._reported and (not self._left_behind or verdict.outcome == Outcome.FAILURE):
             self._report(verdict, error)
             self._reported = True
         return verdict
 
-    def _judge(self, error: BaseException, handed_off: bool | None = None) -> Verdict:
-        return classify(
-            error,
-            seconds=self.seconds,
-            timeout=self.target.own_timeout,
-            handed_off=handed_off,
-        )
+    def _judge(self, error: BaseException) -> Verdict:
+        facts = self._evidence.facts_of(error) if self._evidence is not None else {}
+        return classify(error, seconds=self.seconds, timeout=self.target.own_timeout, **facts)
 
     def _billed(self) -> Spending:
         """Return what the answer cost, by DSPy's history entry of it."""

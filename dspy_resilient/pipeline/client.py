@@ -269,9 +269,10 @@ class ClientState:
 
     def circuits(self) -> dict[str, CircuitBreaker]:
         """Return the circuits that have been used, by label."""
-        return {
-            route.label: route.circuit for route in self.all_routes() if route.circuit is not None
-        }
+        circuits: dict[str, CircuitBreaker] = {}
+        for route in self.all_routes():
+            circuits |= route.circuits()
+        return circuits
 
     def trace(self, tracer: Tracer | None) -> None:
         """Have every call, attempt and event told to `tracer`, as it happens; None ends it."""

@@ -59,8 +59,16 @@ def is_the_providers(error: BaseException) -> bool:
 
 
 def is_our_circuits(error: Exception) -> bool:
-    """Whether a circuit of ours refused; what a client within an attempt says comes with a verdict."""
-    return isinstance(error, CircuitOpenError) and not hasattr(error, "verdict")
+    """Whether a circuit of ours refused, and may not for long.
+
+    What a client within an attempt says comes with a verdict; and a refused credential is nothing
+    to wait for.
+    """
+    return (
+        isinstance(error, CircuitOpenError)
+        and error.reason not in (Kind.AUTH, Kind.BILLING)
+        and not hasattr(error, "verdict")
+    )
 
 
 def special_kind(error: Exception) -> Kind | None:

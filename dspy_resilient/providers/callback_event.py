@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
 TAG = "dspy_resilient"  # in a call's metadata; LiteLLM's own fallbacks change the id, but not this
@@ -30,6 +30,13 @@ _PREFIX = "llm_provider-"  # LiteLLM's mark on headers that came from the provid
 _ALIASES = {"text-completion-openai": "openai", "ollama_chat": "ollama", "azure_text": "azure"}
 
 
+class Facts(TypedDict, total=False):
+    """What an event tells beyond its error, in the words of `classify`."""
+
+    handed_off: bool | None
+    answered: bool | None
+
+
 @dataclass(frozen=True, slots=True)
 class CallbackEvent:
     """What LiteLLM told about one request.
@@ -37,6 +44,7 @@ class CallbackEvent:
     Attributes:
         error: What the caller will catch, or its cause where a stream broke; None for a success.
         handed_off: Whether the request was handed to a provider; None if nobody knows.
+        answered: Whether anything of an answer came back, be it unreadable.
         provider: LiteLLM's name of the provider, aliases folded, or None.
         endpoint: scheme://host[:port]/path, without query and credentials, or None.
         seconds: How long the request took, by LiteLLM's clock.
@@ -46,11 +54,18 @@ class CallbackEvent:
 
     error: BaseException | None
     handed_off: bool | None
+    answered: bool | None
     provider: str | None
     endpoint: str | None
     seconds: float = 0.0
     first_token: float | None = None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def facts_of(self, error: BaseException) -> Facts:
+        """Return what this tells about `error`: nothing, if it is about another one."""
+        if not any(each is self.error for each in chain_of(error)):
+            return {}
+        return {"handed_off": self.handed_off, "answered": self.answered}
 
 
 def read_event(kwargs: dict[str, Any], response: Any, start: Any, end: Any) -> CallbackEvent:
@@ -61,12 +76,36 @@ def read_event(kwargs: dict[str, Any], response: Any, start: Any, end: Any) -> C
     return CallbackEvent(
         error=error if isinstance(error, BaseException) else None,
         handed_off=kwargs.get("api_call_start_time") is not None,
+        answered=_is_answered(kwargs, error),
         provider=provider_name(provider) if isinstance(provider, str) else None,
         endpoint=endpoint_name((kwargs.get("litellm_params") or {}).get("api_base")),
         seconds=_seconds(start, end) or 0.0,
         first_token=None if first is None else _seconds(start, first),
         headers=_headers(kwargs, response, error),
     )
+
+
+def chain_of(error: BaseException | None) -> list[BaseException]:
+    """Return `error` and what caused it, outermost first."""
+    chain: list[BaseException] = []
+    while error is not None and not any(error is each for each in chain):
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _is_answered(kwargs: dict[str, Any], error: Any) -> bool:
+    """Whether LiteLLM has noted something of the provider's: headers, a first chunk, or a body.
+
+    For the body of a request that failed it notes the error instead.
+    """
+    if kwargs.get("response_headers") or kwargs.get("completion_start_time"):
+        return True
+    body = kwargs.get("original_response")
+    chain = chain_of(error if isinstance(error, BaseException) else None)
+    if any(getattr(each, "litellm_response_headers", None) for each in chain):
+        return True
+    return isinstance(body, str) and not any(body == str(each) for each in chain)
 
 
 def _seconds(start: Any, end: Any) -> float | None:

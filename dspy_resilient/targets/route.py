@@ -91,6 +91,8 @@ class Route:
         budget: RetryBudget,
     ) -> None:
         self.label = label = place.endpoint.label
+        key = (place.credential or "none")[:6]  # of its HMAC
+        self.access_label = f"{label} (key {key})"
         self.circuit = circuit
         self.budget = budget
         self.access: CircuitBreaker | None = None
@@ -119,9 +121,20 @@ class Route:
             if succeeded:
                 permit.success()
             elif (error := evidence.error) is not None:
-                verdict = classify(error, seconds=evidence.seconds, handed_off=evidence.handed_off)
+                facts = evidence.facts_of(error)
+                verdict = classify(error, seconds=evidence.seconds, **facts)
                 if verdict.outcome == Outcome.FAILURE:
                     permit.failure(redacted(error), retry_after=verdict.retry_after)
+
+    def circuits(self) -> dict[str, CircuitBreaker]:
+        """Return the circuits there are on this route, by label."""
+        labelled = ((self.label, self.circuit), (self.access_label, self.access))
+        return {label: circuit for label, circuit in labelled if circuit is not None}
+
+    @property
+    def state(self) -> CircuitState | None:
+        """State of the circuit that decides whether calls are let through; None without one."""
+        return self.blocker().state if self._is_guarded else None
 
     def look_ahead(self) -> None:
         """Have the store asked now what it would be asked soon, while there is a wait anyway."""
@@ -177,7 +190,8 @@ class Route:
         """Close the circuits and open the gate."""
         if self.circuit is not None:
             self.circuit.reset()
-        self.access = None
+        if self.access is not None:
+            self.access.reset()
         self.gate.reset()
 
     def restart(self) -> None:
@@ -211,7 +225,7 @@ class Route:
             return
         if self.access is None:
             self.access = self._runtime.new_circuit(
-                f"{self.label} ({kind})", failure_threshold=_AUTH_FAILURES
+                self.access_label, failure_threshold=_AUTH_FAILURES
             )
         if permit is None and self.access.state is CircuitState.CLOSED:
             permit = self.access.try_admit()  # the attempt is older than the circuit

@@ -155,15 +155,9 @@ TABLE = {
         linked(dspy.LMAuthError(status=403, provider_code="billing_not_active"), wire(403)),
         Kind.BILLING,
     ),
-    "quota in a 400's text": (
+    "quota in a 400's text, which may be the prompt's": (
         linked(dspy.LMInvalidRequestError('{"code": "insufficient_quota"}', status=400), wire(400)),
-        Kind.BILLING,
-    ),
-    "Anthropic's empty account": (
-        linked(
-            dspy.LMInvalidRequestError("Your credit balance is too low to", status=400), wire(400)
-        ),
-        Kind.BILLING,
+        Kind.REQUEST,
     ),
     "401": (linked(dspy.LMAuthError(status=401), wire(401)), Kind.AUTH),
     "401, native engine": (dspy.LMAuthError(), Kind.AUTH),
@@ -423,7 +417,16 @@ def test_an_answer_that_cannot_be_read_is_a_failure_once_it_was_asked_for():
 def test_an_answer_of_the_wrong_shape_is_a_failure(fault):
     """Gemini's 422 over such an error is a 200 that LiteLLM could not read (5)."""
     error = linked(named("BadRequestError", status_code=422), fault("no candidates"))
-    assert classify(error, handed_off=True).kind is Kind.FAILURE
+    assert classify(error, handed_off=True, answered=True).kind is Kind.FAILURE
+
+
+@pytest.mark.parametrize("status", [400, 422, 500, None])
+@pytest.mark.parametrize("fault", [ValueError, KeyError, TypeError, AttributeError])
+def test_a_mishap_before_anything_came_back_is_ours(status, fault):
+    """LiteLLM calls it a 500 as often as not."""
+    error = linked(named("InternalServerError", status_code=status), fault("no JSON"))
+    verdict = classify(error, handed_off=True, answered=False)
+    assert (verdict.kind, verdict.outcome) == (Kind.LOCAL, Outcome.NEUTRAL)
 
 
 @pytest.mark.parametrize(

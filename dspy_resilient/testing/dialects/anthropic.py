@@ -37,7 +37,8 @@ _REASONS = {
 
 def _error(status: int, kind: ErrorKind) -> dict[str, Any]:
     text = _MESSAGES.get(kind) or message(status, kind)
-    detail = {"type": _TYPES.get(status, "api_error"), "message": text}
+    named = "billing_error" if kind == "quota" else _TYPES.get(status, "api_error")
+    detail = {"type": named, "message": text}
     return {"type": "error", "error": detail, "request_id": "req_testing"}
 
 
