@@ -20,6 +20,7 @@ from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.circuit.permit import Permit
 from dspy_resilient.circuit.state import CircuitState
 from dspy_resilient.errors import CircuitOpenError
+from dspy_resilient.events import printable
 from dspy_resilient.outcomes.outcome import Outcome
 from dspy_resilient.policies import CircuitPolicy, number
 from dspy_resilient.stats.latency import duration
@@ -173,7 +174,7 @@ class CircuitBreaker(WaitQueue, Wrapping):
             state, wait, reason = machine.seen(now), machine.wait(now), machine.reason
             last_error = machine.last_error
         name = f"circuit {self.name!r}" if self.name else "the circuit"
-        because = f" ({reason})" if reason else ""
+        because = f" ({printable(reason)})" if reason else ""
         if math.isfinite(wait):
             advice = f"try again in {wait:.1f} s"
         elif state is CircuitState.HALF_OPEN:

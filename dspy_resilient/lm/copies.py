@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any, Self
 
 from dspy_resilient.lm.entry import CallEntry
-from dspy_resilient.lm.options import Options, check_call_options, refuse_to_copy
+from dspy_resilient.lm.options import NOT_SAVED, Options, check_call_options, refuse_to_copy
 from dspy_resilient.lm.saving import (
     STATE_KEY,
     TRAINING,
@@ -34,9 +35,15 @@ class Copyable(CallEntry):
     def copy(self, **kwargs: Any) -> Self:
         """Return a copy with other settings that is the same client: same circuit, cache, limits.
 
+        But with `shared=`, for a client whose store could not be saved: that is a new client of the
+        same configuration, which shares through that store.
+
         Raises:
             TypeError: If `kwargs` names something that belongs to the client as a whole.
         """
+        shared = kwargs.pop("shared", None)
+        if shared is not None:
+            return self._sharing(shared).copy(**kwargs)
         refuse_to_copy(kwargs)
         own = ("max_wait", "deadline", "num_retries", "cache")
         check_call_options(**{name: kwargs[name] for name in own if name in kwargs})
@@ -45,6 +52,15 @@ class Copyable(CallEntry):
         if kwargs:
             copied._fallbacks = self._fallbacks.vary(copied, self._runtime, kwargs)
         return copied
+
+    def _sharing(self, shared: Any) -> Self:
+        before = self._runtime.options
+        if before.shared is not NOT_SAVED and before.shared is not None:
+            raise TypeError("ResilientLM.copy: this client shares already; build a new one instead")
+        twin: Self = copy.deepcopy(self)
+        twin._start(dataclasses.replace(before, shared=shared), self._fallbacks.given)
+        twin._is_rebuilt = self._is_rebuilt
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a copy that is the same client, with keywords of its own."""

@@ -37,6 +37,10 @@ DEFAULT_ENGINE: Any = _DefaultEngine("litellm")
 _ME = "ResilientLM"
 
 
+NOT_SAVED: Any = object()
+"""In place of a store: what a client was saved with, and what must be given again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Everything the shared part of a client is built from.
@@ -48,7 +52,7 @@ class Options:
         retry: How failed attempts are repeated.
         limits: How much is sent at a time, or None for no limit.
         on_event: The user's listener, or None.
-        shared: The store to share through, as the user gave it, or None.
+        shared: The store to share through, as the user gave it, or None, or `NOT_SAVED`.
     """
 
     name: str
@@ -58,6 +62,11 @@ class Options:
     limits: LimitPolicy | None = None
     on_event: Listener | None = None
     shared: Any = field(default=None, repr=False)
+
+    @property
+    def store(self) -> Any:
+        """The store to share through, or None if there is none, or none yet."""
+        return None if self.shared is NOT_SAVED else self.shared
 
 
 def build_options(

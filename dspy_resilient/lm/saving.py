@@ -6,7 +6,6 @@ JSON-ready data; it opens no file.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import dspy
 
 from dspy_resilient._support.redact import is_secret, strip_secrets
 from dspy_resilient.circuit import CircuitBreaker
+from dspy_resilient.lm.options import NOT_SAVED
 from dspy_resilient.policies import CachePolicy, CircuitPolicy, LimitPolicy, RetryPolicy
 from dspy_resilient.targets.keywords import FALLBACKS
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dspy_resilient.targets.fallbacks import Given
 
 STATE_KEY = "resilient"
+STORE_VARIABLE = "DSPY_RESILIENT_STORE"
 TRAINING = ("launch_kwargs", "train_kwargs")
 _CLASS_KEY = "_dspy_lm_class"
 _CLEAN = {STATE_KEY, "engine", "async_engine"}  # an engine's state holds no secret by its contract
@@ -83,7 +84,7 @@ def dump_options(
     shared = options.shared
     keeps = isinstance(shared, str) and not strip_secrets({"shared": shared})[1]
     hooks: dict[str, Any] = {"on_event": options.on_event, "store_if": options.cache.store_if}
-    if not keeps:
+    if not keeps and shared is not NOT_SAVED:
         hooks["shared"] = shared
     lost = sorted({*lost, *(name for name, hook in hooks.items() if hook is not None)})
     if lost:
@@ -102,6 +103,7 @@ def dump_options(
         "retry": options.retry.dump(),
         "limits": options.limits.dump() if options.limits is not None else None,
         "shared": shared if keeps else None,
+        "store_not_saved": shared is not None and not keeps,
         **{
             name: [each if isinstance(each, str) else _dump_fallback(each) for each in given]
             for name, given in fallbacks.items()
@@ -117,9 +119,12 @@ def load_options(state: dict[str, Any], kind: Any, *, allow_custom: bool) -> dic
         kind: The class of the client, which it and its bases need no leave to load.
         allow_custom: Whether other classes that a fallback names may be imported.
     """
+    state = dict(state)
+    is_missing = state.pop("store_not_saved", False)
     return {
         **state,
-        "cache": _load_cache(state),
+        "shared": _load_store(is_missing, state),
+        "cache": CachePolicy.load(state["cache"]),
         "circuit": CircuitPolicy.load(state["circuit"]) if state["circuit"] else False,
         "retry": RetryPolicy.load(state["retry"]),
         "limits": LimitPolicy.load(state["limits"]) if state["limits"] is not None else None,
@@ -135,11 +140,19 @@ def load_options(state: dict[str, Any], kind: Any, *, allow_custom: bool) -> dic
     }
 
 
-def _load_cache(state: dict[str, Any]) -> CachePolicy:
-    """Return the policy; without a store (its address had a password) it is shared with nobody."""
-    policy = CachePolicy.load(state["cache"])
-    is_shared = policy.shared and state.get("shared") is not None
-    return dataclasses.replace(policy, shared=is_shared)
+def _load_store(is_missing: bool, state: dict[str, Any]) -> Any:
+    """Return the store that was saved, or else that of the environment; warn if there is none."""
+    if not is_missing:
+        return state["shared"]
+    if store := os.environ.get(STORE_VARIABLE):
+        return store
+    warnings.warn(
+        f"ResilientLM {state['name'] or ''!r}: it shares nothing for now, since its store was not "
+        f"saved (a client, or an address with a password); set {STORE_VARIABLE} before it is loaded, "
+        "or go on with lm.copy(shared=...)",
+        stacklevel=4,
+    )
+    return NOT_SAVED
 
 
 def _dump_fallback(lm: Any) -> dict[str, Any]:

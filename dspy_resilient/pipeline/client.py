@@ -104,11 +104,11 @@ class ClientState:
         self.fallback_routes = Routes(self)
 
     def _join_fleet(self) -> SharedState | None:
-        if self.options.shared is None:
+        if self.options.store is None:
             return None
         from dspy_resilient.shared import SharedState  # noqa: PLC0415  # only for those who share
 
-        return SharedState(self.options.shared, self.name, clock=self.clock, emit=self.emit)
+        return SharedState(self.options.store, self.name, clock=self.clock, emit=self.emit)
 
     def _new_ledger(self) -> Ledger | None:
         """Return the books of `LimitPolicy.max_dollars`, shared where anything is."""
@@ -361,6 +361,8 @@ class ClientState:
         lines = [route.explain() for route in routes]
         if wait := self.routes.supervisor.wait_time():
             lines.append(f"broke too often and is left alone for {duration(wait)}; see restart().")
+        if self.options.shared is not None and self.shared_state is None:
+            lines.append("shares nothing, since its store was not saved; see copy(shared=...).")
         if faults := self.cache.numbers().disk_errors:
             kinds = ", ".join(f"{kind} ({count:,})" for kind, count in faults.items())
             lines.append(f"its disk fails, so answers may be kept in memory only: {kinds}.")

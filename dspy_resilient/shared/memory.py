@@ -20,6 +20,7 @@ from dspy_resilient.circuit import CircuitState
 from dspy_resilient.circuit.machine import Machine
 from dspy_resilient.outcomes import Outcome
 from dspy_resilient.shared.store import (
+    FASTEST_FOR,
     KEPT,
     BudgetView,
     CachedText,
@@ -98,11 +99,16 @@ class MemoryStore:
         """Answer `Store.rate`."""
         with self._lock:
             now = self._clock()
-            full_at = self._kept[key] = dict(self._kept.get(key, {}))
+            rates = self._kept[key] = dict(self._kept.get(key, {}))
+            full_in = {}
             for name, report in reports.items():
-                kept = max(full_at.get(name, now + report.believed), now)
-                full_at[name] = kept + report.amount / (report.per_minute / 60)
-            return RateView(now, {name: full_at[name] - now for name in reports})
+                full_at, fastest, until = rates.get(name, (now + report.believed, 0.0, now))
+                if report.per_minute >= fastest or now >= until:
+                    fastest, until = report.per_minute, now + FASTEST_FOR
+                full_at = max(full_at, now) + report.amount / (fastest / 60)
+                rates[name] = full_at, fastest, until
+                full_in[name] = full_at - now
+            return RateView(now, full_in)
 
     def spend(self, key: str, report: SpendReport) -> SpendView:
         """Answer `Store.spend`."""

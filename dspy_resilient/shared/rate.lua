@@ -12,10 +12,16 @@ local sound, kept = pcall(cmsgpack.unpack, redis.call('GET', KEYS[1]) or '')
 if sound and type(kept) == 'table' then rates = kept end
 
 for name, report in pairs(reports) do
-  local full_at = rates[name]
+  local known = rates[name]
+  if type(known) ~= 'table' then known = {} end
+  local full_at, fastest, till = known[1], known[2], known[3]
   if type(full_at) ~= 'number' or not (full_at < now + 1e6) then full_at = now + report[3] end
-  full_at = math.max(full_at, now) + report[2] / (report[1] / 60)
-  rates[name] = full_at
+  if type(fastest) ~= 'number' or type(till) ~= 'number' or not (fastest > report[1])
+    or not (fastest < math.huge) or now >= till or not (till < now + 1e3) then
+    fastest, till = report[1], now + 60
+  end
+  full_at = math.max(full_at, now) + report[2] / (fastest / 60)
+  rates[name] = {full_at, fastest, till}
   full_in[name] = string.format('%.6f', full_at - now)
   longest = math.max(longest, full_at - now)
 end

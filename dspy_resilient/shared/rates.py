@@ -66,8 +66,9 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
     Args:
         courier: The way to the store.
         key: Where the state lies.
-        rpm: As for `Rates`; every client goes by its own.
-        tpm: As for `Rates`; every client goes by its own.
+        rpm: As for `Rates`. A client whose rate is smaller than others' keeps within its own by
+            itself; all together keep within the largest.
+        tpm: Likewise.
     """
 
     def __init__(self, courier: Courier, key: str, rpm: float | None, tpm: float | None) -> None:
@@ -91,7 +92,7 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
                 return super().ready_at(tokens)
             amounts = {"requests": 1, "tokens": tokens}
             if all(share.credit >= amounts[name] for name, share in self._shares.items()):
-                return self.turn_at(tokens, 0, 0)
+                return max(self.turn_at(tokens, 0, 0), super().ready_at(tokens))
             left = self.patience_left() if self._is_asked else self.patience
             return max(super().ready_at(tokens), self._courier.clock() + left)
 
@@ -102,7 +103,7 @@ class SharedRates(Link["dict[str, RateReport]", RateView], Rates):
                 return super().turn_at(tokens, requests_before, tokens_before)
             amounts = {"requests": (1, requests_before), "tokens": (tokens, tokens_before)}
             turns = (share.turn_at(*amounts[name]) for name, share in self._shares.items())
-            return max(turns, default=-math.inf)
+            return max(super().turn_at(tokens, requests_before, tokens_before), *turns)
 
     def take(self, requests: float, tokens: float, now: float) -> None:
         """Use credit, or get some back; what is sent counts here too, in case the store is lost."""

@@ -17,6 +17,7 @@ from dspy_resilient._support.redact import redact
 from dspy_resilient.budgets import Amount
 from dspy_resilient.circuit import CircuitState
 from dspy_resilient.circuit.machine import steps_to_longest
+from dspy_resilient.events import printable
 from dspy_resilient.shared.store import (
     KEPT,
     MOST_TEXT,
@@ -246,4 +247,4 @@ def _whole(value: Any) -> int:
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None else redact(str(value)[:_LONGEST_TEXT])
+    return None if value is None else printable(redact(str(value)[:_LONGEST_TEXT]))

@@ -28,6 +28,10 @@ MOST_TEXT = 2**20
 """Bytes of one answer that a store keeps at most."""
 
 
+FASTEST_FOR = 60.0
+"""Seconds for which the largest rate that a client has reported is that of all its clients."""
+
+
 class StoreAnswerError(Exception):
     """A store's answer makes no sense."""
 
@@ -331,7 +335,9 @@ class Store(Protocol):
         """Take what `reports` say from the rates `key`, by name, and return how they stand.
 
         It is taken at once, into debt if need be, and whoever takes it waits until it has been
-        paid for: see `limits.rate.TokenBucket`. So all clients together keep within each rate.
+        paid for: see `limits.rate.TokenBucket`. So all clients together keep within each rate. Where
+        they differ in it, the largest counts here, and each keeps within its own by itself: a
+        client with a smaller one holds up no other.
         """
         ...
 

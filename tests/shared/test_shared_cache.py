@@ -16,7 +16,7 @@ import pytest
 
 from dspy_resilient import CachePolicy, ResilientLM
 from dspy_resilient.events import StoreFound, StoreLost
-from dspy_resilient.shared import MemoryStore
+from dspy_resilient.shared import MemoryStore, RedisStore
 from dspy_resilient.shared.store import MOST_TEXT, CacheOrder
 from dspy_resilient.testing import Status, Truncated
 
@@ -347,10 +347,63 @@ def test_a_saved_client_shares_its_cache_again(valkey):
     ):
         assert again.cache_policy == SHARED
         assert again._runtime.cache.others is not None
-    lm = ResilientLM("openai/x", shared="redis://:s3cr3t-pw@h", cache=SHARED)
-    with pytest.warns(UserWarning, match="shared"):
-        again = ResilientLM.load_state(json.loads(json.dumps(lm.dump_state())))
-    assert again._runtime.cache.others is None
+
+
+def _reloaded(lm, way):
+    with pytest.warns(UserWarning, match="shared cannot be saved"):
+        saved = pickle.dumps(lm) if way == "pickle" else json.dumps(lm.dump_state())
+    assert b"s3cr3t" not in (saved if isinstance(saved, bytes) else saved.encode())
+    return lambda: pickle.loads(saved) if way == "pickle" else ResilientLM.load_state(json.loads(saved))
+
+
+@pytest.mark.parametrize("way", ["pickle", "state"])
+@pytest.mark.parametrize("given", ["an address with a password", "a client"])
+def test_a_client_whose_store_is_not_saved_says_so_when_it_is_loaded(valkey, way, given):
+    """It does not silently go on alone: it says how the store is given again, and that works."""
+    shared = "redis://:s3cr3t-pw@h" if given != "a client" else valkey.client()
+    load = _reloaded(ResilientLM("openai/x", name="n", shared=shared, cache=SHARED), way)
+    with pytest.warns(UserWarning, match=r"'n': it shares nothing.*DSPY_RESILIENT_STORE.*copy\(shared"):
+        alone = load()
+    assert alone._runtime.shared_state is None
+    assert "shares nothing" in alone.explain()
+    again = alone.copy(shared=valkey.url, temperature=0.5)
+    assert again.cache_policy == SHARED
+    assert again._runtime.cache.others is not None
+    assert (again.name, again.kwargs["temperature"]) == ("n", 0.5)
+    assert "shares nothing" not in again.explain()
+    assert alone._runtime.shared_state is None
+    with pytest.raises(TypeError, match="shares already"):
+        again.copy(shared=valkey.url)
+    with pytest.warns(UserWarning, match="shares nothing"):  # saved once more, it still knows
+        ResilientLM.load_state(json.loads(json.dumps(alone.dump_state())))
+
+
+@pytest.mark.parametrize("way", ["pickle", "state"])
+def test_the_environment_gives_a_store_that_was_not_saved(valkey, way, monkeypatch, recwarn):
+    """A worker that loads a program needs no code of its own for it."""
+    shared = valkey.url.replace("//", "//:s3cr3t-pw@")
+    load = _reloaded(ResilientLM("openai/x", shared=shared, cache=SHARED), way)
+    monkeypatch.setenv("DSPY_RESILIENT_STORE", valkey.url)
+    recwarn.clear()
+    assert load()._runtime.cache.others is not None
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["class of a store", "class of a client", "pipeline", "asyncio"])
+def test_what_is_no_store_is_refused_at_construction(valkey, kind):
+    """A class has all the methods of a store, and a pipeline sends nothing."""
+    import redis.asyncio
+
+    client = valkey.client()
+    shared = {
+        "class of a store": RedisStore,
+        "class of a client": type(client),
+        "pipeline": client.pipeline(),
+        "asyncio": redis.asyncio.Redis(),
+    }[kind]
+    with pytest.raises(TypeError, match="shared must be"):
+        ResilientLM("openai/x", shared=shared)
+    client.close()
 
 
 def test_the_script_does_as_the_store_in_memory_does(store):

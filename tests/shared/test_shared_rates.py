@@ -24,7 +24,7 @@ from dspy_resilient.events import StoreFound, StoreLost
 from dspy_resilient.limits import Limiter
 from dspy_resilient.limits.rate import BURST_SECONDS
 from dspy_resilient.shared import MemoryStore
-from dspy_resilient.shared.link import carry
+from dspy_resilient.shared.link import Contact, Courier, carry
 from dspy_resilient.shared.rates import SharedRates
 from dspy_resilient.shared.store import RateReport
 from dspy_resilient.testing import Clock
@@ -216,6 +216,33 @@ def test_rubbish_under_our_key_is_replaced(store, valkey, rubbish):
     client.close()
 
 
+@pytest.mark.parametrize("kind", ["memory", "server"])
+def test_a_client_with_a_smaller_rate_locks_out_no_other(store, kind):
+    """One request of a worker set to 1 per minute is no minute for those set to 600."""
+    shared = MemoryStore() if kind == "memory" else store
+    fast, slow = RateReport(600, 1.0), RateReport(1, 1.0)
+    shared.rate("{k}", {"requests": fast})
+    for _ in range(10):
+        shared.rate("{k}", {"requests": slow})
+    assert shared.rate("{k}", {"requests": fast}).full_in["requests"] == pytest.approx(1.2, abs=0.1)
+
+
+def test_a_client_with_a_smaller_rate_keeps_to_it(store):
+    """Its own rate holds although the store would let it go."""
+    courier = Courier(store, Contact(clock=time.monotonic, emit=lambda *_, **__: None))
+    store.rate("{k}", {"requests": RateReport(6000, 1.0)})
+    limiter = Limiter(LimitPolicy(rpm=1), rates=SharedRates(courier, "{k}", 1, None))
+    first = limiter.enter()
+    deadline = time.monotonic() + 10
+    while not first.poll() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert first.granted
+    second = limiter.enter()
+    time.sleep(2 * VIEW_AGE)
+    assert not second.poll()
+    assert second.wait_time() > 50
+
+
 def test_the_script_decides_as_the_store_in_memory_does(store):
     """Several clients at once: each answer is the model's, asked in the server's order."""
     log, seed = [], random.randrange(2**32)
@@ -226,7 +253,7 @@ def test_the_script_decides_as_the_store_in_memory_does(store):
         for _ in range(100):
             reports = {
                 name: RateReport(rate, pick.choice([0.0, 1.0, 7.0, -1.0, 0.5]), pick.random())
-                for name, rate in (("requests", 60_000), ("tokens", 1e6))
+                for name, rate in (("requests", pick.choice([60_000, 600])), ("tokens", 1e6))
                 if pick.random() < 0.8
             }
             view = store.rate("{k}", reports)
