@@ -20,6 +20,7 @@ from dspy_resilient.errors import (
     RestartLimitError,
     ThrottledError,
 )
+from dspy_resilient.evaluation import Evaluate
 from dspy_resilient.lm import ResilientLM
 from dspy_resilient.pipeline.health import Health, HealthState
 from dspy_resilient.policies import CachePolicy, CircuitPolicy, LimitPolicy, RetryPolicy
@@ -38,6 +39,7 @@ __all__ = [
     "ClientClosedError",
     "Clients",
     "DeadlineExceededError",
+    "Evaluate",
     "Health",
     "HealthState",
     "LimitExceededError",

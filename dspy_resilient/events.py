@@ -238,6 +238,16 @@ def _log(event: Event) -> str:
     return line
 
 
+def log_failure(client: str, error: Exception, attempts: int) -> None:
+    """Write one line about a call that ended with `error`: no text, which may hold the prompt."""
+    status = getattr(error, "status", None)
+    facts = {"client": client, "error": type(error).__name__, "status": status}
+    line = f"dspy_resilient.call_failed client={printable(client)} error={facts['error']}"
+    line += f" status={status}" if isinstance(status, int) else ""
+    extra = {"event": "dspy_resilient.call_failed", "facts": {**facts, "attempts": attempts}}
+    logger.warning("%s attempts=%d", line, attempts, extra=extra)
+
+
 def _show(line: str) -> None:
     """Write `line` to the terminal too if the log goes elsewhere: a waiting run must not seem hung."""
     if sys.stderr.isatty() and logger.isEnabledFor(logging.WARNING) and not _is_shown(logger):

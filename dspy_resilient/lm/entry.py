@@ -15,7 +15,7 @@ import dspy
 from dspy.clients.lm import LM  # by reference: a program may put another class at dspy.LM
 from dspy.utils.callback import with_callbacks
 
-from dspy_resilient.events import CallFinished
+from dspy_resilient.events import CallFinished, log_failure
 from dspy_resilient.lm.history import entry_of_hit
 from dspy_resilient.lm.options import check_call_options
 from dspy_resilient.lm.saving import check_credentials
@@ -225,6 +225,8 @@ class CallEntry(LM):
         runtime = self._runtime
         if error is not None:
             runtime.tally.add("errors")
+        if isinstance(error, Exception):
+            log_failure(runtime.name, error, len(call.attempts))
         if runtime.is_heard:
             runtime.emit(
                 CallFinished,
