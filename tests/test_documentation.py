@@ -25,6 +25,7 @@ SAID = {
     "docs/how-to/errors.md": ("left alone because of maintenance", "the program is shutting down"),
     "docs/how-to/many-workers.md": ("1 request for 100 answers",),
     "docs/how-to/watching.md": ("is left alone for", "dspy_resilient_calls_total"),
+    "docs/how-to/budgets.md": ("requests 1.0 0.0 1", "stopped after", "are reserved for"),
     "docs/how-to/maintenance.md": ("(migration)", "ready"),
 }
 

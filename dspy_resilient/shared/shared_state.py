@@ -50,9 +50,13 @@ def open_store(shared: Any) -> Store:
         except (TypeError, ValueError):
             raise ValueError(f"{allowed}; got an address that makes no sense") from None
     if isinstance(shared, type):
-        raise TypeError(f"{allowed}, or None; got the class {shared.__name__}, not one of its objects")
+        raise TypeError(
+            f"{allowed}, or None; got the class {shared.__name__}, not one of its objects"
+        )
     if hasattr(shared, "command_stack"):
-        raise TypeError(f"{allowed}, or None; got a pipeline, which sends nothing until it is executed")
+        raise TypeError(
+            f"{allowed}, or None; got a pipeline, which sends nothing until it is executed"
+        )
     if isinstance(shared, Store):
         return shared
     if not hasattr(shared, "evalsha"):

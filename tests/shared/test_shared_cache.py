@@ -353,7 +353,9 @@ def _reloaded(lm, way):
     with pytest.warns(UserWarning, match="shared cannot be saved"):
         saved = pickle.dumps(lm) if way == "pickle" else json.dumps(lm.dump_state())
     assert b"s3cr3t" not in (saved if isinstance(saved, bytes) else saved.encode())
-    return lambda: pickle.loads(saved) if way == "pickle" else ResilientLM.load_state(json.loads(saved))
+    return lambda: (
+        pickle.loads(saved) if way == "pickle" else ResilientLM.load_state(json.loads(saved))
+    )
 
 
 @pytest.mark.parametrize("way", ["pickle", "state"])
@@ -362,7 +364,9 @@ def test_a_client_whose_store_is_not_saved_says_so_when_it_is_loaded(valkey, way
     """It does not silently go on alone: it says how the store is given again, and that works."""
     shared = "redis://:s3cr3t-pw@h" if given != "a client" else valkey.client()
     load = _reloaded(ResilientLM("openai/x", name="n", shared=shared, cache=SHARED), way)
-    with pytest.warns(UserWarning, match=r"'n': it shares nothing.*DSPY_RESILIENT_STORE.*copy\(shared"):
+    with pytest.warns(
+        UserWarning, match=r"'n': it shares nothing.*DSPY_RESILIENT_STORE.*copy\(shared"
+    ):
         alone = load()
     assert alone._runtime.shared_state is None
     assert "shares nothing" in alone.explain()
