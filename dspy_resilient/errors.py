@@ -10,7 +10,8 @@
        │  └─ ClientClosedError         close() was called
        ├─ DeadlineExceededError        the call's own deadline passed
        ├─ AllTargetsFailedError        the primary and every fallback failed or were rejected
-       └─ RestartLimitError            the client broke more often than supervision allows
+       ├─ RestartLimitError            the client broke more often than supervision allows
+       └─ BrokenStateError             our own limits or in-flight table are in a state they cannot be in
 
 None is retryable for DSPy and none is a ValueError, so neither DSPy's retry loop nor an adapter
 takes one for a bad answer. A provider's own error is not wrapped: it leaves as it came. Messages
@@ -155,3 +156,12 @@ class RestartLimitError(ResilienceError):
     """The client broke more often than supervision allows; `restart()` clears it."""
 
     default_code = "restart_limit"
+
+
+class BrokenStateError(ResilienceError):
+    """Our own limits or in-flight table are in a state they cannot be in, which is a fault of ours.
+
+    It restarts the client, and the call is tried once more; a caller sees it only if that broke, too.
+    """
+
+    default_code = "broken_state"

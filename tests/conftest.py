@@ -48,7 +48,8 @@ def _no_disk_cache(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def _litellm_is_warm(_no_disk_cache):
     """LiteLLM takes seconds to import and to make its first call; no test's clock should run then."""
-    providers.load()  # before a sync call of plain LiteLLM leaves an event loop open
+    asyncio.run(asyncio.sleep(0))  # or a sync call of LiteLLM's would leave an event loop open
+    providers.load()
     with Provider("ready") as running:
         dspy.LM(
             "openai/warm", engine="litellm", api_base=running.api_base, api_key="k", cache=False

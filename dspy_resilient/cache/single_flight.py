@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from dspy_resilient._support.fork import renew_after_fork
+from dspy_resilient.outcomes.broken_state import needs_intact_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,6 +147,7 @@ class Flights:
         """Return how many keys are under way."""
         return len(self._flights)
 
+    @needs_intact_state
     def join(self, key: str) -> Lead | Waiter:
         """Return the lead for `key`, or a place behind whoever leads."""
         now = self.clock()
@@ -167,6 +169,7 @@ class Flights:
             raise
         return place
 
+    @needs_intact_state
     def land(self, lead: Lead, answer: Answer) -> None:
         """Do what `Lead.land` says."""
         flight = lead.flight
@@ -179,6 +182,7 @@ class Flights:
             waiter.future.set_result(Landed(answer))
         self._see_off()
 
+    @needs_intact_state
     def fail(self, lead: Lead, error: BaseException) -> None:
         """Do what `Lead.fail` says."""
         flight = lead.flight
@@ -192,6 +196,7 @@ class Flights:
             waiter.future.set_result(Failed(_copy_of(error)))
         self._see_off()
 
+    @needs_intact_state
     def leave(self, who: Lead | Waiter) -> None:
         """Do what `Lead.abandon` and `Waiter.leave` say."""
         self._leaving.append(who)

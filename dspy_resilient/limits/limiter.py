@@ -19,6 +19,7 @@ from dspy_resilient.errors import LimitExceededError
 from dspy_resilient.limits.bulkhead import Bulkhead
 from dspy_resilient.limits.rate import Rates
 from dspy_resilient.limits.slot import RESOLVED, Departure, Slot, State, pending
+from dspy_resilient.outcomes.broken_state import needs_intact_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -89,6 +90,7 @@ class Limiter:
         """Seconds in which a slot may yet be granted without having queued; see `Rates`."""
         return self._rates.patience
 
+    @needs_intact_state
     def enter(self, tokens: int = 0, patience: float = math.inf) -> Slot:
         """Return a slot: granted if its turn is now, else at the end of the queue.
 
@@ -132,6 +134,7 @@ class Limiter:
             raise refusal
         return slot
 
+    @needs_intact_state
     def wait_time(self, slot: Slot) -> float:
         """Answer `Slot.wait_time`."""
         due = -math.inf
@@ -144,6 +147,7 @@ class Limiter:
         self._resolve(())
         return due - now if due - now > _ROUNDING else 0.0
 
+    @needs_intact_state
     def poll(self, slot: Slot) -> bool:
         """Answer `Slot.poll`."""
         with self._lock:
@@ -163,6 +167,7 @@ class Limiter:
         self._resolve(())
         return not was_told
 
+    @needs_intact_state
     def leave(self, departure: Departure) -> None:
         """Perform `Slot.leave`: note it, and let whoever holds the lock apply it."""
         self._departures.append(departure)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dspy_resilient.errors import DeadlineExceededError, ResilienceError
-from dspy_resilient.outcomes.breaks import is_break
 from dspy_resilient.outcomes.causes import Causes
 from dspy_resilient.outcomes.outcome import Kind, Outcome, Verdict
 from dspy_resilient.outcomes.retry_after import WallClock, hint_of, retry_after
@@ -97,6 +96,7 @@ def classify(
     timeout: float | None = None,
     handed_off: bool | None = None,
     answered: bool | None = None,
+    broken: bool = False,
     wall: WallClock = time.time,  # noqa: TID251  # a Retry-After date is wall-clock time
 ) -> Verdict:
     """Judge how an attempt ended that raised `error`; never raises.
@@ -112,6 +112,8 @@ def classify(
         handed_off: Whether the request was handed to a provider; None if nobody knows. What was
             not is never a provider's fault, whatever status LiteLLM gives it.
         answered: Whether anything came back; None if that is not known.
+        broken: Whether the HTTP client that it was sent through is closed by now, or its event
+            loop is: then only an answer of the provider's is the provider's.
         wall: The wall clock that dates are compared with, in seconds since 1970.
     """
     if not isinstance(error, Exception):
@@ -119,7 +121,7 @@ def classify(
     if isinstance(error, ResilienceError) and not isinstance(error, DeadlineExceededError):
         return _verdict(Kind.REJECTED, hint=error.retry_after)
     causes = Causes(error)
-    if causes.wire_status is None and is_break(causes.chain):
+    if broken and causes.wire_status is None:
         return _verdict(Kind.BROKEN)
     kind = Kind.LOCAL
     if handed_off is not False:

@@ -21,7 +21,6 @@ from dspy_resilient.errors import (
     ThrottledError,
 )
 from dspy_resilient.events import CallQueued, CallRejected
-from dspy_resilient.pipeline.in_flight import end_stranded
 from dspy_resilient.pipeline.spending import reserve
 from dspy_resilient.pipeline.state import Wait
 
@@ -44,7 +43,6 @@ def clear_the_way(call: Call, client: ClientState, turn: Turn, route: Route) -> 
     target = turn.target
     check_deadline(call, client)  # a wait may have taken longer than it was to
     client.in_flight.check()
-    end_stranded()  # what they hold may be what this call needs
     refusal = target.refusal()
     if refusal is not None:
         raise rejected(client, route, refusal)

@@ -7,6 +7,7 @@ Whether there is another one is decided in `call.py`.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -27,7 +28,7 @@ from dspy_resilient.providers.prices import price_of
 from dspy_resilient.stats.spending import NOT_BILLED, NOTHING, UNANSWERED, Spending
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from dspy_resilient.limits import GatePermit, Slot
     from dspy_resilient.outcomes import Verdict
@@ -133,6 +134,8 @@ class Attempt:
         self._spent = NOTHING
         self._mark = _Sending()
         self._evidence: providers.CallbackEvent | None = None
+        self._http: providers.PooledClient | None = None
+        self._is_broken = False
         self._verdict: Verdict | None = None
         self._reported = False
         self._left_behind = False
@@ -164,10 +167,14 @@ class Attempt:
         """Whether the end of the answer was seen, if it was streamed."""
         return self._stream is None or self._stream.whole
 
-    def run(self) -> Answer:
-        """Send the request on this thread and return the answer."""
+    def run(self, loop: asyncio.AbstractEventLoop | None = None) -> Answer:
+        """Send the request on this thread and return the answer.
+
+        Args:
+            loop: Of the consumer, if it is streamed: DSPy then sends it there.
+        """
         method, args, kwargs = self._prepare(self.call.method)
-        with self._scope(args, kwargs) as twin:
+        with self._scope(args, kwargs, loop) as twin:
             return self._answer(method(twin, *args, **kwargs))
 
     async def arun(self) -> Answer:
@@ -177,7 +184,7 @@ class Attempt:
         """
         name = self.call.method
         method, args, kwargs = self._prepare(_ASYNC.get(name, name))
-        with self._scope(args, kwargs) as twin:
+        with self._scope(args, kwargs, asyncio.get_running_loop()) as twin:
             return self._answer(await method(twin, *args, **kwargs))
 
     def _prepare(self, name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -186,15 +193,25 @@ class Attempt:
         return getattr(self.target.kind, name), args, kwargs
 
     @contextlib.contextmanager
-    def _scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    def _scope(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        loop: asyncio.AbstractEventLoop | None,
+    ) -> Iterator[Any]:
         """Set up what DSPy and LiteLLM are to see during the attempt, and nothing beyond it."""
         lm = self.target.lm
         keywords = {"model": lm.model, **lm.kwargs, **kwargs}
         token = _sending.set(self._mark)
         try:
-            connections = self.target.runtime.connections
+            http_clients = self.target.runtime.http_clients
             by_keywords = self._by_keywords(args)
-            with providers.watch(self._witness, by_keywords, keywords, connections) as tags:
+            watch = providers.watch(
+                self._witness, by_keywords, keywords, http_clients, is_sync=loop is None
+            )
+            with watch as tags:
+                if by_keywords:
+                    tags.update(self._connect(keywords, loop))
                 twin: Any = self._twin(tags)
                 try:
                     marked = _marked_as_adapters(twin, kwargs.get("messages"))
@@ -203,8 +220,28 @@ class Attempt:
                 finally:
                     del twin.update_history  # it holds the twin and the attempt in a cycle
         finally:
+            if self._http is not None:  # what holds the attempt need not hold the connections
+                self._is_broken, self._http = self._http.is_broken, None
             with contextlib.suppress(ValueError):  # the collector ends it in another context
                 _sending.reset(token)
+
+    def _connect(
+        self, keywords: Mapping[str, Any], loop: asyncio.AbstractEventLoop | None
+    ) -> dict[str, Any]:
+        """Return the keywords that name the HTTP client, and what is left of the deadline.
+
+        Where LiteLLM keeps the client no timeout is added: it would open a connection for each.
+        """
+        lm = self.target.lm
+        find = self.target.runtime.http_clients.find
+        self._http = http = find(loop, lm.model, lm.model_type, keywords, lm.kwargs)
+        if http is None:
+            return {}
+        own = keywords.get("timeout")
+        timeout = own if math.isinf(self.limit) else providers.within(own, self.limit)
+        if timeout is None or timeout is lm.kwargs.get("timeout"):
+            return {"client": http.client}
+        return {"client": http.under(timeout), "timeout": timeout}
 
     def _by_keywords(self, args: tuple[Any, ...]) -> bool:
         """Whether LiteLLM sees the keywords of this attempt: not through another engine."""
@@ -295,7 +332,8 @@ class Attempt:
 
     def _judge(self, error: BaseException) -> Verdict:
         facts = self._evidence.facts_of(error) if self._evidence is not None else {}
-        return classify(error, seconds=self.seconds, timeout=self.target.own_timeout, **facts)
+        broken = self._is_broken if self._http is None else self._http.is_broken
+        return classify(error, seconds=self.seconds, timeout=self.target.own_timeout, broken=broken, **facts)
 
     def _billed(self) -> Spending:
         """Return what the answer cost, by DSPy's history entry of it."""

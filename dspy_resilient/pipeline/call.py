@@ -15,10 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dspy_resilient.cache import Failed, Landed, Waiter, usable
-from dspy_resilient.errors import CallRejectedError, RestartLimitError
+from dspy_resilient.errors import BrokenStateError, CallRejectedError, RestartLimitError
 from dspy_resilient.events import AttemptFailed, CacheHit, FellBack, FlightJoined
 from dspy_resilient.outcomes import Kind, redacted
-from dspy_resilient.outcomes.breaks import broke_state
 from dspy_resilient.pipeline.admission import clear_the_way, deadline_passed, outwait
 from dspy_resilient.pipeline.failures import (
     AnswerFilteredError,
@@ -78,9 +77,7 @@ def _supervise(call: Call, client: ClientState) -> Steps[Served]:
     seen = client.routes.supervisor.generation
     try:
         return (yield from _answer(call, client))
-    except Exception as error:
-        if not broke_state(error):
-            raise
+    except BrokenStateError as error:
         _mend(client, client.routes, seen, error)
         if call.sent is not None and call.sent.emitted:
             raise

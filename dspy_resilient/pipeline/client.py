@@ -91,7 +91,7 @@ class ClientState:
         self._made_at = clock()
         self._minute = LastMinute()
         self._zero: Stats | None = None
-        self.connections = providers.Connections()
+        self.http_clients = providers.HttpClients()
         self.in_flight = InFlight(options.name)
         self.flights = self._new_flights()
         self.worker = Worker("disk")
@@ -293,7 +293,7 @@ class ClientState:
 
     def restart(self) -> None:
         """Start over with new connections, clean limits and in-flight table, and no break on record."""
-        self.connections.renew()
+        self.http_clients.renew()
         self._start_over(None)
         self.routes.supervisor.forgive()
         self.fallback_routes.supervisor.forgive()
@@ -307,7 +307,7 @@ class ClientState:
         if (
             seen == routes.supervisor.generation
         ):  # before the next try of anybody who finds it broken
-            self.connections.renew()
+            self.http_clients.renew()
         with routes.supervisor.restart(seen) as is_due:
             if is_due:
                 self._start_over(target, error=type(error).__name__)
@@ -327,7 +327,7 @@ class ClientState:
         self.cache.close()
         if self.shared_state is not None:
             self.shared_state.close()
-        self.connections.renew()
+        self.http_clients.close()
 
     def totals(self) -> Stats:
         """Return everything counted since the client was made."""

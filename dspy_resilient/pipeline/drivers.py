@@ -11,16 +11,14 @@ import concurrent.futures
 import contextvars
 import math
 import threading
-import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dspy_resilient import providers
-from dspy_resilient.pipeline.in_flight import end_stranded
 from dspy_resilient.pipeline.state import Disk, Prepare, Wait
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Coroutine
 
     from dspy_resilient.cache import Answer
     from dspy_resilient.pipeline.attempt import Attempt
@@ -38,7 +36,6 @@ def on_a_loop() -> bool:
 _LONGEST_WAIT = threading.TIMEOUT_MAX
 _PATIENCE_WITH_A_DISK = 5.0  # seconds, after which the answer is not there, or not kept
 _UNWINDING = 5.0
-_LOOK_AROUND = 0.5  # seconds after which a call that waits sees whether others can still go on
 
 
 def run(steps: Steps[T], running: Running) -> T:
@@ -112,7 +109,7 @@ def _perform(step: Wait | Prepare | Disk | Attempt, running: Running) -> Any:
 
         if may_leave:
             return from_thread.run(_attempt_within, step, running)
-        from_thread.run(providers.tend)
+        return step.run(from_thread.run(providers.running_loop))
     return _attempt_in_thread(step, running) if may_leave else step.run()
 
 
@@ -130,11 +127,8 @@ def _wait(step: Wait, running: Running) -> Any:
     woken = threading.Event()
     if step.future is not None:
         step.future.add_done_callback(lambda _: woken.set())
-    until = time.monotonic() + step.seconds
     with running.ended_by(woken.set):
-        while not woken.is_set() and (left := until - time.monotonic()) > 0:
-            end_stranded()
-            woken.wait(min(left, _LOOK_AROUND))
+        woken.wait(min(step.seconds, _LONGEST_WAIT))
     running.calls.check()
     return step.future.result() if step.future is not None and step.future.done() else None
 
@@ -149,38 +143,16 @@ async def _await(step: Wait, running: Running) -> Any:
 
     if step.future is not None:
         step.future.add_done_callback(wake)
-    with running.ended_by(wake), _woken_after(step.seconds, woken.set, loop):
-        await woken.wait()
+    is_timed = step.seconds < _LONGEST_WAIT
+    timer = loop.call_later(max(0.0, step.seconds), woken.set) if is_timed else None
+    try:
+        with running.ended_by(wake):
+            await woken.wait()
+    finally:
+        if timer is not None:
+            timer.cancel()
     running.calls.check()
     return step.future.result() if step.future is not None and step.future.done() else None
-
-
-@contextmanager
-def _woken_after(
-    seconds: float, wake: Callable[[], None], loop: asyncio.AbstractEventLoop
-) -> Iterator[None]:
-    """Have `wake` called after `seconds`; until then, look for stranded calls now and then."""
-    again: asyncio.Handle
-    until = loop.time() + seconds
-
-    def look() -> None:
-        nonlocal again
-        end_stranded()
-        if (left := until - loop.time()) > 0:
-            again = loop.call_later(min(left, _LOOK_AROUND), look)
-        else:
-            wake()
-
-    again = loop.call_soon(look)
-    try:
-        yield
-    finally:
-        again.cancel()
-
-
-async def _attempt(attempt: Attempt) -> Answer:
-    await providers.tend()
-    return await attempt.arun()
 
 
 async def _attempt_within(attempt: Attempt, running: Running) -> Answer:
@@ -190,7 +162,7 @@ async def _attempt_within(attempt: Attempt, running: Running) -> Answer:
     try:
         async with limit:
             with running.ended_by(lambda: loop.call_soon_threadsafe(_expire, limit)):
-                return await _attempt(attempt)
+                return await attempt.arun()
     except TimeoutError:
         if limit.expired():
             running.calls.check()

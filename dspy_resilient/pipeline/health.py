@@ -54,7 +54,6 @@ class Health:
 
 def health_of(runtime: ClientState, model: str, route: Route) -> Health:
     """Return the health of the client whose primary takes `route`."""
-    runtime.in_flight.end_stranded()
     totals = runtime.totals()
     left_alone = runtime.routes.supervisor.wait_time()
     refused = route.wait_time()

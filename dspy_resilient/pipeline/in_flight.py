@@ -3,32 +3,26 @@
 A client that is being closed lets its calls finish for a while and then ends what is left. A call
 is ended in the step it is in, so that it leaves nothing behind: its driver says, for each step that
 takes time, what would end it. A call is stranded when its event loop was closed under it: nothing
-will ever go on with it, nor give back what it holds. Its coroutine can be closed from anywhere then;
-whoever waits for something looks for such calls now and then. This module waits for nothing.
+will ever go on with it, nor give back what it holds; its coroutine is closed then, as the loop is.
+This module waits for nothing.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextvars
-import time
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
 
 from dspy_resilient._support.fork import renew_after_fork
+from dspy_resilient._support.loop_close import when_closed
 from dspy_resilient.errors import ClientClosedError
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop as Loop
     from collections.abc import Callable, Coroutine, Iterator
-
-
-class Loop(Protocol):
-    """What has to be known of an event loop."""
-
-    def is_closed(self) -> bool:
-        """Whether nothing will run on it any more."""
-        ...
 
 
 class InFlight:
@@ -67,7 +61,6 @@ class InFlight:
 
     def idle(self) -> Future[None]:
         """Return a future that is done once no call is under way. Nobody must begin one any more."""
-        self.end_stranded()
         idle = self._idle
         if idle is None:
             idle = self._idle = Future()
@@ -80,10 +73,6 @@ class InFlight:
         self.ended = True
         for each in list(self._running):
             each.end()
-
-    def end_stranded(self) -> None:
-        """End the calls whose event loop was closed under them."""
-        _end_stranded(self._running)
 
     def check(self) -> None:
         """Raise ClientClosedError if the calls have been told to end."""
@@ -127,7 +116,7 @@ class Running:
         """Begin."""
         self.calls.add(self)
         if self._loop is not None:
-            _lookout.add(self)
+            _on_loops.add(self, self._loop)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -179,56 +168,49 @@ class Running:
         del task
 
     def _let_go(self) -> None:
-        _lookout.discard(self)
+        if self._loop is not None:
+            _on_loops.discard(self, self._loop)
         self._coroutine = self._loop = self._task = None
 
 
-class _Lookout:
-    """The calls of all clients of the process that depend on an event loop, which belongs to no client.
+class _OnLoops:
+    """The calls of all clients of the process that depend on an event loop, by loop.
 
     Clients lend each other targets, circuits and limits, so that a stranded call may hold what any
-    other waits for. They are held here lest the collector end them, which it does anywhere: should
-    that be within `ContextVar.set`, in whose context LiteLLM sets variables as it ends, CPython 3.11
-    goes on with freed memory. A forked child holds its parent's, for the same reason.
+    other waits for: it is ended as its loop is closed. Until then calls are held here lest the
+    collector end them, which it does anywhere: should that be within `ContextVar.set`, in whose
+    context LiteLLM sets variables as it ends, CPython 3.11 goes on with freed memory. A forked child
+    holds its parent's, for the same reason.
     """
-
-    _EVERY = 0.25
-    """Seconds in which a crowd of waiters looks once."""
 
     def __init__(self) -> None:
-        self._due = 0.0
-        self._running: set[Running] = set()
-        atexit.register(_end_stranded, self._running)  # later each would leave a traceback
+        self._inherited: list[object] = []
+        self.renew()
+        renew_after_fork(self)
 
-    def add(self, running: Running) -> None:
-        """Look at a call that begins, too."""
-        self._running.add(running)
+    def renew(self) -> None:
+        """Begin with none in a forked child."""
+        self._inherited.append(getattr(self, "_by_loop", None))
+        self._by_loop: WeakKeyDictionary[Loop, set[Running]] = WeakKeyDictionary()
 
-    def discard(self, running: Running) -> None:
-        """Look no more at a call that has ended."""
-        self._running.discard(running)
+    def add(self, running: Running, loop: Loop) -> None:
+        """Hold a call that begins; on `loop`."""
+        calls = self._by_loop.get(loop)
+        if calls is None:
+            calls = self._by_loop[loop] = set()
+            when_closed(loop, partial(_end_all, calls))
+        calls.add(running)
 
-    def look(self) -> None:
-        """End what is stranded, unless somebody has just done so."""
-        now = time.monotonic()
-        if now < self._due:
-            return
-        self._due = now + self._EVERY
-        _end_stranded(self._running)
-
-
-def _end_stranded(running: set[Running]) -> None:
-    for each in list(running):
-        if each.is_stranded:
-            each.end()
+    def discard(self, running: Running, loop: Loop) -> None:
+        """Hold a call that has ended no more."""
+        calls = self._by_loop.get(loop)
+        if calls is not None:
+            calls.discard(running)
 
 
-_lookout = _Lookout()
+def _end_all(calls: set[Running]) -> None:
+    for each in list(calls):
+        each.end()
 
 
-def end_stranded() -> None:
-    """End the calls, of whatever client, whose event loop was closed under them.
-
-    Looks at most four times a second, however often it is called. Never waits or raises.
-    """
-    _lookout.look()
+_on_loops = _OnLoops()

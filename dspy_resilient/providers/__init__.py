@@ -1,8 +1,6 @@
 """The way to the providers, as far as it leads through LiteLLM."""
 
 from dspy_resilient.providers.callback_event import CallbackEvent, home_of
-from dspy_resilient.providers.leases import Connections
-from dspy_resilient.providers.loop_end import async_client, tend
 from dspy_resilient.providers.observer import (
     AttemptWatch,
     ensure_registered,
@@ -13,12 +11,21 @@ from dspy_resilient.providers.observer import (
     unregister,
     watch,
 )
-from dspy_resilient.providers.pool import client
+from dspy_resilient.providers.pool import (
+    HttpClients,
+    PooledClient,
+    async_client,
+    client,
+    prune,
+    running_loop,
+    within,
+)
 
 __all__ = [
     "AttemptWatch",
     "CallbackEvent",
-    "Connections",
+    "HttpClients",
+    "PooledClient",
     "async_client",
     "client",
     "ensure_registered",
@@ -26,8 +33,10 @@ __all__ = [
     "load",
     "loaded",
     "observe",
+    "prune",
+    "running_loop",
     "subscribe",
-    "tend",
     "unregister",
     "watch",
+    "within",
 ]

@@ -7,12 +7,11 @@ lists. What the events mean is for the observer.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from dspy_resilient.providers import loop_end as loops
-from dspy_resilient.providers.unheard import report_only_to_listeners
+from dspy_resilient.providers.litellm_module import load_litellm
 
 # Where LiteLLM looks: the list that users set, and those it derives from it. It stops deriving at
 # a hundred callbacks, so the derived ones need an entry of their own.
@@ -25,6 +24,8 @@ _LISTS = (
     "_async_failure_callback",
 )
 _OF_SUCCESSES = ("callbacks", "success_callback", "_async_success_callback")
+_CACHES = "cache"  # LiteLLM adds it when its proxy's parts are imported, as they are on a failure
+_CALLBACKS_OF_A_CALL = ("callbacks", "success_callback")
 
 Receive = Callable[..., None]
 
@@ -34,12 +35,12 @@ class Hook:
 
     Args:
         receive: Called with the event's keywords, answer, start and end, and whether it `succeeded`.
-        wants: Whether `receive` has a use for the success of the call with this id.
+        spares: Whether a call with these keywords needs no report of its success.
     """
 
-    def __init__(self, receive: Receive, wants: Callable[[str], bool]) -> None:
+    def __init__(self, receive: Receive, spares: Callable[[Mapping[str, Any]], bool]) -> None:
         self._receive = receive
-        self._wants = wants
+        self._spares = spares
         self._litellm: Any = None
         self._logger: Any = None
         self._changing = threading.Lock()
@@ -51,28 +52,25 @@ class Hook:
 
     def load(self) -> None:
         """Import LiteLLM, which takes seconds the first time; idempotent."""
-        import litellm  # noqa: PLC0415  # late on purpose
-        from litellm.integrations.custom_logger import CustomLogger  # noqa: PLC0415  # likewise
+        litellm = load_litellm()
+        from litellm.integrations.custom_logger import CustomLogger  # noqa: PLC0415  # LiteLLM comes late
 
-        litellm.completion  # noqa: B018  # LiteLLM imports its parts when they are first named
-        litellm.disable_hf_tokenizer_download = True  # counting tokens may stall for 46 s
-        loops.prepare(litellm)
         with self._changing:
             if self._logger is None:
                 self._litellm = litellm
-                self._logger = _make_logger(CustomLogger, self._receive)
-            with suppress(ImportError, AttributeError):  # another LiteLLM may have no such reports
-                report_only_to_listeners(litellm, self._is_heard)
+                self._logger = _make_logger(CustomLogger, self._receive, self._spares)
 
-    def _is_heard(self, account: Any) -> bool:
-        """Whether anybody has a use for LiteLLM's account of a success."""
+    def is_heard(self, keywords: Mapping[str, Any]) -> bool:
+        """Whether others than we have a use for LiteLLM's account of a success; needs `load`."""
         litellm, ours = self._litellm, self._logger
         return bool(
-            self._wants(account.litellm_call_id)
-            or litellm.max_budget
-            or account.dynamic_success_callbacks
-            or account.dynamic_async_success_callbacks
-            or any(each is not ours for name in _OF_SUCCESSES for each in getattr(litellm, name))
+            litellm.max_budget
+            or any(keywords.get(name) for name in _CALLBACKS_OF_A_CALL)
+            or any(
+                each is not ours and (each != _CACHES or litellm.cache is not None)
+                for name in _OF_SUCCESSES
+                for each in getattr(litellm, name)
+            )
         )
 
     def register(self) -> None:
@@ -107,7 +105,28 @@ class Hook:
         self._changing = threading.Lock()
 
 
-def _make_logger(base: Any, receive: Receive) -> Any:
+@contextmanager
+def successes_unreported() -> Iterator[None]:
+    """Spare the sync requests of this block the account that LiteLLM makes for success callbacks.
+
+    It takes a fifth of the processor time of a call, on another thread. LiteLLM itself spares it
+    calls within a call by this mark, which holds for one context and no further. Failures are
+    reported as ever, and so are streams. Without the mark in LiteLLM nothing is spared.
+    """
+    try:
+        from litellm._internal_context import is_internal_call  # noqa: PLC0415  # LiteLLM comes late
+    except ImportError:
+        yield
+        return
+    token = is_internal_call.set(True)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the collector ends it in another context
+            is_internal_call.reset(token)
+
+
+def _make_logger(base: Any, receive: Receive, spares: Callable[[Mapping[str, Any]], bool]) -> Any:
     class Logger(base):
         """LiteLLM passes these arguments by name, and drops the event if a name differs."""
 
@@ -130,5 +149,20 @@ def _make_logger(base: Any, receive: Receive) -> Any:
             self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
         ) -> None:
             self.log_failure_event(kwargs, response_obj, start_time, end_time)
+
+        async def async_pre_call_deployment_hook(
+            self,
+            kwargs: dict[str, Any],
+            call_type: Any,  # noqa: ARG002  # LiteLLM passes it
+        ) -> dict[str, Any] | None:
+            """Have LiteLLM put off, for good, the account of a success that nobody hears.
+
+            The async half of `successes_unreported`, through a mark in LiteLLM's own note of the
+            call. (By that other mark it would keep failures of async calls to itself as well.)
+            """
+            account = kwargs.get("litellm_logging_obj")
+            if account is not None and not kwargs.get("stream") and spares(kwargs):
+                account.defer_async_logging = True
+            return None
 
     return Logger()

@@ -18,7 +18,7 @@ import types
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +26,7 @@ from typing import Any
 
 from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient.events import logger
-from dspy_resilient.providers.cached import made_so_far
-from dspy_resilient.providers.callback import Hook
+from dspy_resilient.providers.callback import Hook, successes_unreported
 from dspy_resilient.providers.callback_event import (
     TAG,
     CallbackEvent,
@@ -36,7 +35,7 @@ from dspy_resilient.providers.callback_event import (
     provider_name,
     read_event,
 )
-from dspy_resilient.providers.leases import Connections
+from dspy_resilient.providers.litellm_module import litellm_so_far
 
 OnFailure = Callable[[CallbackEvent], None]
 OnOutcome = Callable[[CallbackEvent, bool], None]
@@ -115,7 +114,7 @@ class _Observer:
     """All the process knows of attempts under way and of subscribers; no lock on an attempt's way."""
 
     def __init__(self) -> None:
-        self.hook = Hook(self.receive, self.wants_success)
+        self.hook = Hook(self.receive, self.spares_success)
         self._subscriptions: tuple[_Subscription, ...] = ()
         self.renew()
 
@@ -152,9 +151,10 @@ class _Observer:
             others = (each for each in self._subscriptions if each is not subscription)
             self._subscriptions = tuple(others)
 
-    def wants_success(self, call_id: str) -> bool:
-        """Whether it matters here that a call succeeded: to subscribers, if it is no attempt of ours."""
-        return bool(self._subscriptions) or not call_id.startswith(self._series)
+    def spares_success(self, keywords: Mapping[str, Any]) -> bool:
+        """Whether LiteLLM need not report the success of a call with `keywords`: an attempt's."""
+        is_attempt = keywords.get("litellm_call_id") in self._sightings
+        return is_attempt and not self._subscriptions and not self.hook.is_heard(keywords)
 
     def receive(self, kwargs: dict[str, Any], *facts: Any, succeeded: bool) -> None:
         """Hand an event of LiteLLM's to whom it concerns; never raises."""
@@ -234,7 +234,8 @@ def watch(
     on_failure: OnFailure,
     by_keywords: bool = True,
     keywords: Mapping[str, Any] | None = None,
-    connections: Connections | None = None,
+    client: object = None,
+    is_sync: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Watch the attempt that runs in the block; the value is what to add to its keywords.
 
@@ -244,18 +245,19 @@ def watch(
             are none to add, LiteLLM is not imported, and what fails in this context, untagged, is
             taken for the attempt.
         keywords: As for `AttemptWatch.tags`.
-        connections: Whose provider clients the attempt uses: those of the client that makes it.
+        client: Whose attempt it is: that of which `subscribe` is told by the same object.
+        is_sync: Whether LiteLLM is called without an event loop in between.
     """
     if by_keywords or loaded():
         ensure_registered()
-    sighting = _observer.sight(on_failure, connections)
+    sighting = _observer.sight(on_failure, client)
     token = None if by_keywords else _untagged.set(sighting)
-    use = None if connections is None else connections.use()
+    tags = sighting.tags(keywords) if by_keywords else {}
+    is_spared = is_sync and _observer.spares_success({**(keywords or {}), **tags})
     try:
-        yield sighting.tags(keywords) if by_keywords else {}
+        with successes_unreported() if is_spared else nullcontext():
+            yield tags
     finally:
-        if use is not None:
-            use.end()
         sighting.close()
         if token is not None:
             with suppress(ValueError):  # the collector ends it in another context
@@ -281,7 +283,7 @@ def subscribe(
     Returns:
         A function that ends the subscription.
     """
-    if loaded() or "callbacks" in made_so_far():
+    if loaded() or "callbacks" in litellm_so_far():
         ensure_registered()
     is_method = isinstance(on_outcome, types.MethodType)
     held: Callable[[], OnOutcome | None]

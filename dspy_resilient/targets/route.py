@@ -109,7 +109,7 @@ class Route:
     def _listen(self, place: Place) -> None:
         """Learn from every LiteLLM call of the process to the same provider and endpoint."""
         url = place.endpoint.url or providers.home_of(place.provider)
-        providers.subscribe(place.provider, url, self.hear, self._runtime.connections)
+        providers.subscribe(place.provider, url, self.hear, self._runtime.http_clients)
 
     def hear(self, evidence: providers.CallbackEvent, succeeded: bool) -> None:
         """Let the circuit know how somebody else's call to this provider went."""

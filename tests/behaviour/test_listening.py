@@ -8,8 +8,9 @@ import time
 import dspy
 import litellm
 import pytest
+from litellm.llms.custom_httpx.async_client_cleanup import close_litellm_async_clients
 
-from dspy_resilient import CircuitPolicy, ResilientLM, providers
+from dspy_resilient import CircuitPolicy, ResilientLM
 from dspy_resilient.testing import Provider, Status, rate_limited
 
 KEY = "another-key"
@@ -46,9 +47,11 @@ def embed(provider, driver):
 
 
 async def tended(call):
-    """Await `call` on a loop that is cleaned up after."""
-    await providers.tend()
-    return await call
+    """Await `call` on a loop on which LiteLLM leaves no client open."""
+    try:
+        return await call
+    finally:
+        await close_litellm_async_clients()
 
 
 def attempt(provider, driver):

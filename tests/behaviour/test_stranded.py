@@ -1,7 +1,7 @@
 """Calls whose event loop is closed under them, as notebooks and test frameworks do.
 
-Nothing will ever go on with such a call, and its task may be held by somebody for good: what it
-holds comes back all the same, within half a second of anybody's needing it.
+Nothing will ever go on with such a call, and its task may be held by a caller for good: what it
+holds comes back all the same, as the loop is closed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ import time
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 
-import dspy
 import pytest
 
-from dspy_resilient import LimitPolicy, ResilientLM, providers
-from dspy_resilient.pipeline.in_flight import end_stranded
-from dspy_resilient.providers.perloop import Reports
+from dspy_resilient import LimitPolicy, ResilientLM
+from dspy_resilient._support.loop_close import when_closed
 from dspy_resilient.testing import Hold, rate_limited
 
 PATIENCE = 20.0
 """Seconds for what takes one on a quiet machine."""
-SOON = 0.3
-"""Seconds after which who would be refused finds no trace of a stranded call."""
 
 pytestmark = [
     # of what the closed loop leaves to the collector, which ends it in a context that is not its own
@@ -44,7 +40,6 @@ def kept():
     tasks = []
     yield tasks
     tasks.clear()
-    asyncio.run(providers.tend())  # closes the connections, which hold them too
     gc.collect()
 
 
@@ -143,7 +138,6 @@ def test_place_comes_back_to_who_would_be_refused(make, strand, ask, hold):
     """A queue full of the dead is soon a queue again."""
     lm = make(cache=False, limits=LimitPolicy(max_concurrent=1, max_queue=1))
     strand(lm, "a", "b")
-    time.sleep(SOON)
     assert ask(lm, "c") == ["Paris"]
 
 
@@ -162,8 +156,6 @@ def test_probe_comes_back(make, strand, ask, hold, max_wait):
     lm = make(cache=False, max_wait=max_wait)
     lm.circuit.force_half_open()
     strand(lm, "q")
-    if not max_wait:
-        time.sleep(SOON)
     started = time.monotonic()
     assert ask(lm, "q") == ["Paris"]
     assert time.monotonic() - started < PATIENCE < lm.circuit.policy.probe_lease
@@ -206,7 +198,6 @@ def test_what_was_being_closed_keeps_no_loop(make, caplog, turns):
     del loop
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        asyncio.run(providers.tend())
         gc.collect()
     assert not [each for each in told if "coroutine 'close'" in str(each.message)]
     told.clear()  # they hold what they warn of
@@ -217,89 +208,69 @@ def test_what_was_being_closed_keeps_no_loop(make, caplog, turns):
 
 @pytest.mark.parametrize("restarts", [False, True])
 def test_its_memory_comes_back(make, strand, kept, hold, restarts):
-    """Once another loop has cleaned up after it, connections included."""
+    """With its loop, connections included."""
     lm = make()
     strand(lm, "q")
     task = weakref.ref(kept.pop())
     if restarts:
         lm.restart()
     assert lm.health().in_flight == 0
-    asyncio.run(providers.tend())
     gc.collect()
     assert task() is None
 
 
-def test_collector_ends_a_call_and_no_more(provider, make, strand, kept, hold):
-    """Nothing is tried again on the thread, or put into the context, that it happens to run in."""
-    lm = make()
-    strand(lm, "q")
-    requests = provider.count
-    somebody_elses = contextvars.Context()
-    with suppress(dspy.LMError):  # what DSPy makes of the end
-        somebody_elses.run(kept.pop().get_coro().cr_await.close)
-    assert not [each for each in somebody_elses if each.name.startswith("dspy_resilient")]
-    assert (provider.count, lm.stats().retries, lm.stats().restarts) == (requests, 0, 0)
-    assert lm.health().in_flight == 0
+def test_collector_ends_no_call(provider, kept, hold):
+    """In the middle of `ContextVar.set` CPython 3.11 would not survive what LiteLLM sets then.
 
-
-def test_collector_ends_no_call(provider, strand, kept, hold):
-    """In the middle of `ContextVar.set` CPython 3.11 would not survive what LiteLLM sets then."""
+    A call is held until its loop is closed, and then it is ended in a context of its own.
+    """
     lm = ResilientLM("openai/test", api_base=provider.api_base, api_key="dummy-key-for-tests")
-    strand(lm, "q")
+    loop = asyncio.new_event_loop()
+    task = weakref.ref(loop.create_task(lm.acall("q")))
+    loop.run_until_complete(asyncio.to_thread(provider.wait_for, 1))
     del lm
-    task = weakref.ref(kept.pop())
-    asyncio.run(providers.tend())  # closes the connections, which hold it too
     gc.collect()
     assert task() is not None
-    time.sleep(SOON)
-    somebody_elses = contextvars.Context()
-    somebody_elses.run(end_stranded)
-    assert not [*somebody_elses]
+    callers = contextvars.Context()
+    callers.run(loop.close)
+    assert not [*callers]
+    del loop
     gc.collect()
     assert task() is None
 
 
-def test_what_was_being_reported_is_ended_in_a_context_of_its_own():
-    """A report of LiteLLM's sets variables as it ends, too."""
-    variable, begun, ended = contextvars.ContextVar("variable"), asyncio.Event(), []
-
-    async def report():
-        try:
-            begun.set()
-            await asyncio.sleep(60)
-        finally:
-            ended.append(variable.set("theirs"))
-
-    async def send():
-        reports.send(report())
-        await begun.wait()
-
-    loop, reports = asyncio.new_event_loop(), Reports()
-    loop.run_until_complete(send())
+def test_a_loop_that_is_closed_tells_each_listener_once():
+    """As it is closed, and neither before nor after."""
+    loop, told = asyncio.new_event_loop(), []
+    for name in "ab":
+        loop.call_soon(when_closed, loop, partial(told.append, name))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    gc.collect()
+    assert told == []
     loop.close()
-    somebody_elses = contextvars.Context()
-    somebody_elses.run(reports.abandon)
-    assert len(ended) == 1
-    assert not [*somebody_elses]
-
-
-def test_nobody_complains_of_a_report_that_had_not_begun():
-    """Python would, of a coroutine that was never awaited."""
-
-    async def report():
-        pass
-
-    loop, reports = asyncio.new_event_loop(), Reports()
-    loop.call_soon(reports.send, report())
-    loop.call_soon(loop.stop)
-    loop.run_forever()
+    assert sorted(told) == ["a", "b"]
     loop.close()
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        reports.abandon()
-        del reports
-        gc.collect()
-    assert not [each for each in told if "never awaited" in str(each.message)]
+    del loop
+    gc.collect()
+    assert len(told) == 2
+
+
+def test_no_wait_looks_around(make, waiting, provider, hold, monkeypatch):
+    """A call that waits is woken by what it waits for, and by nothing before."""
+    lm = make(cache=False, limits=LimitPolicy(max_concurrent=1))
+    first = waiting(lm, "first")
+    provider.wait_for(1)
+    looked = []
+    limiter = lm._runtime.all_routes()[0].limiter
+    monkeypatch.setattr(
+        limiter, "poll", lambda slot, _poll=limiter.poll: looked.append(slot) or _poll(slot)
+    )
+    second = waiting(lm, "second")
+    before = len(looked)
+    time.sleep(1.2)
+    assert len(looked) == before
+    hold.release()
+    assert [each.result(PATIENCE) for each in (first, second)] == [["Paris"]] * 2
 
 
 WOKEN_AND_STRANDED = """

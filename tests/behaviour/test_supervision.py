@@ -14,6 +14,7 @@ import pytest
 
 from dspy_resilient import ClientClosedError, LimitPolicy, RestartLimitError
 from dspy_resilient.events import ClientRestarted
+from dspy_resilient.providers.pool import pool
 from dspy_resilient.testing import (
     Clock,
     Empty,
@@ -29,13 +30,13 @@ from dspy_resilient.testing import (
 
 
 def http_clients(kind):
-    """Return what LiteLLM keeps of one kind at present."""
-    kept = list(litellm.in_memory_llm_clients_cache.cache_dict.values())
-    return [c for each in kept if isinstance(c := getattr(each, "_client", None), kind)]
+    """Return what the pool hands out at present, of one kind."""
+    clients = [each._http for each in list(pool._clients.values())]
+    return [each for each in clients if isinstance(each, kind)]
 
 
 def close_clients():
-    """Do what somebody does who "cleans up": close every HTTP client there is."""
+    """Do what a user does who "cleans up": close every HTTP client there is."""
     for each in http_clients(httpx.Client):
         each.close()
 
@@ -97,7 +98,6 @@ def meddle(request):
 @pytest.fixture
 def crashing(monkeypatch):
     """Have every HTTP client closed the moment it is made, until the value is called."""
-    litellm.in_memory_llm_clients_cache.flush_cache()
     for kind in (httpx.Client, httpx.AsyncClient):
 
         def make(self, *args, _made=kind.__init__, **kwargs):
@@ -107,7 +107,6 @@ def crashing(monkeypatch):
         monkeypatch.setattr(kind, "__init__", make)
     yield monkeypatch.undo
     monkeypatch.undo()
-    litellm.in_memory_llm_clients_cache.flush_cache()
 
 
 def outcomes(lm):
@@ -116,12 +115,25 @@ def outcomes(lm):
 
 @pytest.mark.parametrize("prefix", ["openai", "azure"])
 def test_a_closed_http_client_is_replaced(provider, make, meddle, prefix):
-    """The second try answers; the circuit hears nothing of it, and listeners one restart."""
-    events = []
-    lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, on_event=events.append)
+    """Before anything is sent through it, so that no call meets it."""
+    lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False)
     assert meddle(lm, provider) == ["Paris"]
+    assert outcomes(lm) == ["answer"]
+    assert (provider.count, provider.connections) == (2, 2)
+    assert lm.stats().restarts == lm.stats().retries == 0
+
+
+@pytest.mark.parametrize("prefix", ["openai", "anthropic", "gemini"])
+def test_a_client_closed_under_a_running_call_is_replaced(provider, make, meddle, prefix):
+    """The second try answers; the circuit hears nothing of it, and listeners one restart.
+
+    Though the error is that of a connection which the provider has cut.
+    """
+    events = []
+    options = {"cache": False, "num_retries": 0, "on_event": events.append}
+    lm = make(f"{prefix}/test", api_base=provider.base(prefix), **options)
+    assert meddle(lm, provider, Hold()) == ["Paris"]
     assert outcomes(lm) == ["broken", "answer"]
-    assert provider.count == 2
     restarts = [each for each in events if isinstance(each, ClientRestarted)]
     assert len(restarts) == lm.stats().restarts == 1
     assert restarts[0].error in ("LMServerError", "LMTransportError")
@@ -129,43 +141,43 @@ def test_a_closed_http_client_is_replaced(provider, make, meddle, prefix):
     assert lm.stats().retries == lm.circuit.failure_count == 0
 
 
-@pytest.mark.parametrize("prefix", ["openai", "anthropic", "gemini"])
-def test_a_client_closed_under_a_running_call_is_replaced(provider, make, meddle, prefix):
-    """Though the error is that of a connection which the provider has cut."""
-    lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, num_retries=0)
-    assert meddle(lm, provider, Hold()) == ["Paris"]
-    assert outcomes(lm) == ["broken", "answer"]
-    assert lm.stats().restarts == 1
-    assert lm.circuit.failure_count == 0
-
-
 @pytest.mark.parametrize("prefix", ["openai", "anthropic"])
-def test_a_client_whose_event_loop_is_gone_is_replaced(provider, make, monkeypatch, prefix):
-    """LiteLLM finds it by a mark of the loop: before 1.110 its address, which another can get."""
-
-    async def mark():
-        return kept.update_cache_key_with_event_loop("")
-
+def test_a_client_of_a_dead_event_loop_is_not_used_again(provider, make, monkeypatch, prefix):
+    """Not by another loop at the same address either."""
     monkeypatch.setattr(litellm, "disable_aiohttp_transport", True)
-    kept = litellm.in_memory_llm_clients_cache
-    kept.flush_cache()
     lm = make(f"{prefix}/test", api_base=provider.base(prefix), cache=False, num_retries=0)
     gone = asyncio.new_event_loop()
     gone.run_until_complete(lm.acall("on a loop that ends"))
-    marked = gone.run_until_complete(mark())
-    (key,) = [key for key in kept.cache_dict if key.endswith(marked)]
-    client = kept.cache_dict[key]
+    (place,) = lm._runtime.http_clients._held
+    dead = lm._runtime.http_clients._held[place]
     gone.close()
+    assert dead.is_broken
 
     async def call():
-        address = key.removesuffix(marked) + await mark()
-        kept.cache_dict[address], kept.ttl_dict[address] = client, kept.ttl_dict[key]
+        address = id(asyncio.get_running_loop())
+        lm._runtime.http_clients._held[address, *place[1:]] = dead
+        for _, key in list(pool._clients):
+            pool._clients[address, key] = dead
         return await lm.acall("on another")
 
     assert asyncio.run(call()) == ["Paris"]
-    assert outcomes(lm) == ["broken", "answer"]
-    assert lm.stats().restarts == 1
-    kept.flush_cache()
+    assert outcomes(lm) == ["answer"]
+    assert lm.stats().restarts == 0
+
+
+def test_a_loop_that_dies_under_a_stream_breaks_the_call(provider, make):
+    """A sync call streams on its consumer's loop; without one it is sent by itself."""
+    lm = make(cache=False)
+    sent = lm._runtime.http_clients
+    loop = asyncio.new_event_loop()
+
+    async def find():
+        return sent.find(loop, lm.model, "chat", lm.kwargs, lm.kwargs)
+
+    client = loop.run_until_complete(find())
+    assert not client.is_broken
+    loop.close()
+    assert client.is_broken
 
 
 def test_repeated_event_loops_and_threads_with_loops_of_their_own_break_nothing(provider, make):
@@ -179,8 +191,8 @@ def test_repeated_event_loops_and_threads_with_loops_of_their_own_break_nothing(
             assert loop.run_until_complete(lm.acall("and again")) == ["Paris"]
             loop.close()
 
-    with ThreadPoolExecutor(4) as pool:
-        for each in [pool.submit(loops) for _ in range(4)]:
+    with ThreadPoolExecutor(4) as threads:
+        for each in [threads.submit(loops) for _ in range(4)]:
             each.result(30)
     assert lm.stats().attempts == 40
     assert lm.stats().restarts == 0
@@ -209,10 +221,18 @@ def streaming():
 
 async def test_a_stream_that_has_not_begun_is_tried_once_more(streaming, make):
     """Nobody has seen anything yet."""
+    hold = Hold()
+    streaming.script(hold)
     lm = make(cache=False, num_retries=0, api_base=streaming.api_base)
-    await lm.acall("warm")
-    await aclose_clients()
+
+    async def close():
+        await asyncio.to_thread(streaming.wait_for, 1)
+        await aclose_clients()
+        hold.release()
+
+    closed = asyncio.ensure_future(close())
     chunks, prediction = await stream(lm, lambda: asyncio.sleep(0))
+    await closed
     assert chunks > 3
     assert prediction.answer == "one two three four five"
     assert outcomes(lm) == ["broken", "answer"]
@@ -224,7 +244,6 @@ async def test_a_stream_that_breaks_in_the_middle_is_not_repeated(streaming, mak
     (Over aiohttp nobody learns that the client was closed: see below.)
     """
     monkeypatch.setattr(litellm, "disable_aiohttp_transport", True)
-    litellm.in_memory_llm_clients_cache.flush_cache()
     streaming.script(StallStream(1, 1.0))
     lm = make(cache=False, api_base=streaming.api_base)
     with pytest.raises(dspy.LMError) as error:
@@ -249,16 +268,15 @@ async def test_a_deadline_ends_a_stream_whose_client_was_closed(streaming, make)
 def test_fifty_calls_that_meet_one_break_cost_one_restart(provider, make):
     """All of them are answered."""
     lm = make(cache=False, num_retries=0)
-    lm("warm")
-    close_clients()
-    barrier = threading.Barrier(50)
-
-    def call(number):
-        barrier.wait(20)
-        return lm(f"{number}")
-
-    with ThreadPoolExecutor(50) as pool:
-        answers = [each.result(30) for each in [pool.submit(call, n) for n in range(50)]]
+    holds = [Hold() for _ in range(50)]
+    provider.script(*holds)
+    with ThreadPoolExecutor(50) as threads:
+        calls = [threads.submit(lm, f"{number}") for number in range(50)]
+        provider.wait_for(50)
+        close_clients()
+        for each in holds:
+            each.release()
+        answers = [each.result(30) for each in calls]
     assert answers == [["Paris"]] * 50
     assert lm.stats().restarts == 1
 

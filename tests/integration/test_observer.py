@@ -14,6 +14,7 @@ import dspy
 import litellm
 import pytest
 from litellm.integrations.custom_logger import CustomLogger
+from litellm.llms.custom_httpx.async_client_cleanup import close_litellm_async_clients
 
 from dspy_resilient import providers
 from dspy_resilient.outcomes import Kind, classify
@@ -77,9 +78,11 @@ def send(request, provider):
 
 
 async def tended(call):
-    """Await `call` on a loop that is cleaned up after."""
-    await providers.tend()
-    return await call
+    """Await `call` on a loop on which LiteLLM leaves no client open."""
+    try:
+        return await call
+    finally:
+        await close_litellm_async_clients()
 
 
 FAULTS = {
@@ -328,7 +331,6 @@ async def test_a_cancelled_call_is_not_heard(provider):
     """Cancellation fires nothing; the permit is for the caller to release."""
     provider.down("hang")
     heard = []
-    await providers.tend()
     with providers.watch(heard.append) as tags:
         call = litellm.acompletion(
             model="openai/test",
@@ -343,6 +345,7 @@ async def test_a_cancelled_call_is_not_heard(provider):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+    await close_litellm_async_clients()
     assert heard == []
 
 

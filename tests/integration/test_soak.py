@@ -31,7 +31,6 @@ from dspy_resilient import (
     Clients,
     LimitPolicy,
     RetryPolicy,
-    providers,
 )
 from dspy_resilient.limits import Limiter, ThrottleGate
 from dspy_resilient.limits.slot import State
@@ -313,9 +312,6 @@ def soaked(calls, seed):
             soak.start(name)
         run(soak)
         provider.always(None)
-    for runtime in soak.runtimes:
-        runtime.in_flight.end_stranded()  # as whoever waits for something does, or health()
-    asyncio.run(providers.tend())  # as the next loop does that sends something, or the end
     return soak
 
 

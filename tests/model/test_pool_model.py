@@ -1,13 +1,11 @@
-"""Provider clients against two naive models: the pool's, and LiteLLM's under our leases."""
+"""HTTP clients of the pool against a naive model: who holds which, and what is closed."""
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import itertools
+import contextlib
 
 import httpx
-import litellm
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -17,8 +15,7 @@ from hypothesis.stateful import (
 )
 
 from dspy_resilient import providers
-from dspy_resilient.providers import Connections, cached
-from dspy_resilient.providers.pool import Pool
+from dspy_resilient.providers.pool import HttpClients, Pool, pool
 
 KEYS = st.sampled_from("abc")
 
@@ -31,7 +28,7 @@ class Client:
 
 
 class PoolModel(RuleBasedStateMachine):
-    """Get, hold, let go, close, and end a loop, in any order."""
+    """Get, hold, let go, retire, close, fail to make, and end a loop, in any order."""
 
     def __init__(self):
         super().__init__()
@@ -48,9 +45,9 @@ class PoolModel(RuleBasedStateMachine):
     def get(self, where, key):
         loop = self.loops[where]
         client = self.pool.get(loop, key, lambda: Client(is_async=loop is not None))
-        assert not client._client.is_closed
+        assert not client.is_broken
         before = self.held.get((where, key))
-        if before is not None and not before._client.is_closed:
+        if before is not None and not before.is_broken:
             assert client is before
         assert client not in [c for place, c in self.held.items() if place != (where, key)]
         self.held[where, key] = client
@@ -59,21 +56,44 @@ class PoolModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def stop_holding(self, data):
         place = data.draw(st.sampled_from(sorted(self.held)))
-        self.let_go.append(self.held.pop(place)._client)
+        self.let_go.append(self.held.pop(place)._http)
+        self.turn()
+
+    @rule(where=st.sampled_from(["sync", "one", "two"]), key=KEYS)
+    def fail_to_make(self, where, key):
+        """What is not made is kept nowhere: the next caller tries again."""
+        before = self.held.get((where, key))
+        with contextlib.suppress(ZeroDivisionError):
+            assert self.pool.get(self.loops[where], key, lambda: 1 / 0) is before
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def retire(self, data):
+        """Who has a retired client goes on using it; the next caller gets another."""
+        place = data.draw(st.sampled_from(sorted(self.held)))
+        client = self.held[place]
+        self.pool.retire([client])
+        assert client._http.is_closed is client.is_broken
+        loop = self.loops[place[0]]
+        new = self.pool.get(loop, place[1], lambda: Client(is_async=loop is not None))
+        assert new is not client
+        self.let_go.append(client._http)
+        self.held[place] = new
+        del client
         self.turn()
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def close(self, data):
         where, key = data.draw(st.sampled_from(sorted(self.held)))
-        http = self.held[where, key]._client
+        http = self.held[where, key]._http
         loop = self.loops[where]
         http.close() if loop is None else loop.run_until_complete(http.aclose())
 
     @rule(where=st.sampled_from(["one", "two"]))
     def end_loop(self, where):
         loop = self.loops[where]
-        self.let_go += [c._client for (place, _), c in self.held.items() if place == where]
+        self.let_go += [c._http for (place, _), c in self.held.items() if place == where]
         self.held = {place: c for place, c in self.held.items() if place[0] != where}
         self.turn()
         loop.close()
@@ -98,105 +118,86 @@ class PoolModel(RuleBasedStateMachine):
                 loop.close()
 
 
-class LeaseModel(RuleBasedStateMachine):
-    """Attempts of two clients, and others, look up LiteLLM's clients while these are renewed.
+class HolderModel(RuleBasedStateMachine):
+    """Two clients of ours and their calls: find, begin, end, renew, prune, and end the loop.
 
-    Whoever sends a request holds the client, as an SDK's own call does.
+    Their configurations are the same, so that they share connections as long as nobody renews them.
     """
-
-    numbers = itertools.count()
 
     def __init__(self):
         super().__init__()
         providers.load()
-        self.cache = litellm.in_memory_llm_clients_cache
-        self.prefix = f"model {next(self.numbers)} "
-        self.owners = (Connections(), Connections())
-        self.known = (set(), set())  # HTTP clients that the attempts of each owner have used
-        self.attempts = []  # (use, its context, its owner's number, clients it holds)
-        self.elsewhere = []  # clients that requests of others hold
-        self.retired = set()
-        self.made = set()
+        self.loop = asyncio.new_event_loop()
+        self.holders = (HttpClients(), HttpClients())
+        self.calls = []  # what each call under way sends through
+        self.made = {}  # HTTP clients, and whether they are a loop's
 
-    def look_up(self, key):
-        """Do as LiteLLM does: take the client from the cache, or make it."""
-        key = self.prefix + key
-        client = self.cache.get_cache(key)
-        if client is None:
-            client = Client()
-            self.made.add(client._client)
-            self.cache.set_cache(key, client, litellm_owned_client=True, ttl=3600)
-        assert not client._client.is_closed
-        assert client._client not in self.retired
-        return client
+    @rule(owner=st.sampled_from([0, 1]), key=KEYS, is_async=st.booleans())
+    def begin(self, owner, key, is_async):
+        keywords = {"api_key": key, "api_base": "http://127.0.0.1:1/v1"}
+        loop = self.loop if is_async else None
 
-    @rule(owner=st.sampled_from([0, 1]))
-    def begin(self, owner):
-        context = contextvars.copy_context()
-        self.attempts.append((context.run(self.owners[owner].use), context, owner, []))
+        async def find():
+            return self.holders[owner].find(loop, "openai/m", "chat", keywords, keywords)
 
-    @precondition(lambda self: self.attempts)
-    @rule(data=st.data(), key=KEYS)
-    def look_up_in_an_attempt(self, data, key):
-        at = data.draw(st.integers(0, len(self.attempts) - 1))
-        _, context, owner, clients = self.attempts[at]
-        clients.append(context.run(self.look_up, key))
-        self.known[owner].add(clients[-1]._client)
+        if is_async:
+            client = self.loop.run_until_complete(find())
+        else:
+            client = self.holders[owner].find(None, "openai/m", "chat", keywords, keywords)
+        assert not client.is_broken
+        assert client.is_of(loop)
+        self.made[client._http] = is_async
+        self.calls.append(client)
 
-    @precondition(lambda self: self.attempts)
+    @precondition(lambda self: self.calls)
     @rule(data=st.data())
     def end(self, data):
-        at = data.draw(st.integers(0, len(self.attempts) - 1))
-        use, context, _, _ = self.attempts.pop(at)
-        context.run(use.end)
-
-    @rule(key=KEYS)
-    def begin_elsewhere(self, key):
-        self.elsewhere.append(self.look_up(key))
-
-    @precondition(lambda self: self.elsewhere)
-    @rule()
-    def end_elsewhere(self):
-        self.elsewhere.pop()
+        self.calls.pop(data.draw(st.integers(0, len(self.calls) - 1)))
+        self.turn()
 
     @rule(owner=st.sampled_from([0, 1]))
     def renew(self, owner):
-        self.owners[owner].renew()
-        self.retired |= self.known[owner]
-        self.known[owner].clear()
+        before = list(self.holders[owner]._held.values())
+        self.holders[owner].renew()
+        assert not [each for each in before if each in pool._clients.values()]
+        del before
+        self.turn()
 
-    @rule(key=KEYS)
-    def expire(self, key):
-        cached.forget(self.prefix + key)
+    @rule()
+    def prune(self):
+        for each in self.holders:
+            each.let_go(lambda client: client.used_at <= 1e18)
+        self.turn()
+
+    @rule()
+    def end_loop(self):
+        self.calls = [each for each in self.calls if not each.is_of(self.loop)]
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        self.loop.close()
+        self.loop = asyncio.new_event_loop()
 
     @invariant()
-    def nothing_is_closed_under_a_request(self):
-        held = [client for *_, clients in self.attempts for client in clients]
-        assert not any(client._client.is_closed for client in [*held, *self.elsewhere])
+    def nothing_is_closed_under_a_call(self):
+        assert not any(each.is_broken for each in self.calls)
 
     @invariant()
-    def what_litellm_hands_out_is_open_and_not_retired(self):
-        handed_out = self.cached()
-        assert not any(http.is_closed for http in handed_out)
-        assert not handed_out & self.retired
+    def what_has_no_holder_is_closed(self):
+        held = {each._http for holder in self.holders for each in holder._held.values()}
+        held |= {each._http for each in self.calls}
+        assert all(http.is_closed for http in self.made if http not in held)
 
-    @invariant()
-    def all_others_are_closed(self):
-        held = {client._client for *_, clients in self.attempts for client in clients}
-        held |= {client._client for client in self.elsewhere}
-        assert all(http.is_closed for http in self.made - held - self.cached())
-
-    def cached(self):
-        entries = cached.entries()
-        return {client._client for key, client in entries if key.startswith(self.prefix)}
+    def turn(self):
+        for _ in range(3):
+            self.loop.run_until_complete(asyncio.sleep(0))
 
     def teardown(self):
-        for use, context, *_ in self.attempts:
-            context.run(use.end)
-        for key, _ in cached.entries():
-            if key.startswith(self.prefix):
-                cached.forget(key)
+        self.calls.clear()
+        for each in self.holders:
+            each.close()
+        self.turn()
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        self.loop.close()
 
 
 TestPool = PoolModel.TestCase
-TestLeases = LeaseModel.TestCase
+TestHolders = HolderModel.TestCase
