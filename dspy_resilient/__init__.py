@@ -10,6 +10,7 @@ from dspy_resilient.circuit import CircuitBreaker, CircuitState
 from dspy_resilient.clients import Clients
 from dspy_resilient.errors import (
     AllTargetsFailedError,
+    BrokenStateError,
     BudgetExceededError,
     CallRejectedError,
     CircuitOpenError,
@@ -27,6 +28,7 @@ from dspy_resilient.policies import CachePolicy, CircuitPolicy, LimitPolicy, Ret
 
 __all__ = [
     "AllTargetsFailedError",
+    "BrokenStateError",
     "Budget",
     "BudgetExceededError",
     "BudgetStop",

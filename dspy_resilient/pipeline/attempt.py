@@ -333,7 +333,9 @@ class Attempt:
     def _judge(self, error: BaseException) -> Verdict:
         facts = self._evidence.facts_of(error) if self._evidence is not None else {}
         broken = self._is_broken if self._http is None else self._http.is_broken
-        return classify(error, seconds=self.seconds, timeout=self.target.own_timeout, broken=broken, **facts)
+        return classify(
+            error, seconds=self.seconds, timeout=self.target.own_timeout, broken=broken, **facts
+        )
 
     def _billed(self) -> Spending:
         """Return what the answer cost, by DSPy's history entry of it."""

@@ -23,7 +23,7 @@ import orjson
 
 from dspy_resilient._support.canonical import encode, stand_in
 from dspy_resilient._support.redact import is_secret, redact
-from dspy_resilient.providers.cached import made_so_far
+from dspy_resilient.providers.litellm_module import litellm_so_far
 
 Pairs = tuple[tuple[str, Any], ...]
 
@@ -278,7 +278,7 @@ def _surroundings(provider: str) -> _Surroundings:
     """Return what the environment and LiteLLM's module say to `provider`, or to any if it is ""."""
     global _remembered  # noqa: PLW0603  # replaced as a whole, so that it needs no lock
     variables = getattr(os.environ, "_data", os.environ)  # two dicts compare in 2 us, not in 40
-    module = made_so_far()
+    module = litellm_so_far()
     settings = [module.get(name) for name in _module_names(provider, len(module))]
     if settings[0] is not None:
         settings[0] = repr(settings[0])
@@ -359,7 +359,7 @@ def _module_names(provider: str, size: int) -> tuple[str, ...]:  # noqa: ARG001 
     stems = (*_stems(provider), _LENDER)
     names = (
         name
-        for name, value in list(made_so_far().items())
+        for name, value in list(litellm_so_far().items())
         if (value is None or isinstance(value, str)) and name.islower() and name not in general
         if not (_WHO | _WHERE).isdisjoint(words := _words(name))
         if any(stem in itertools.accumulate(words) for stem in stems) or not provider

@@ -64,11 +64,12 @@ class PooledClient:
         self.client = client
         self.face: Any = None
         self.used_at = time.monotonic()
-        self._http: Any = closing.http_client_of(client)
+        http: Any = closing.http_client_of(client)
+        self._http = http
         self._is_ours = not is_session(self._http)
         self._loop = None if loop is None else weakref.ref(loop)
         if self._is_ours:
-            closing.close_with(self, self._http, self._loop)
+            closing.close_with(self, http, self._loop)
 
     @property
     def is_broken(self) -> bool:
