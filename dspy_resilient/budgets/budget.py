@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dspy_resilient.errors import BudgetExceededError
 
 _SETTING = "dspy_resilient_budgets"
+_blocks_seen: set[bool] = set()
 _blocks: ContextVar[tuple[ExitStack, ...]] = ContextVar("dspy_resilient_blocks", default=())
 _direct: ContextVar[tuple[Budget, ...]] = ContextVar("dspy_resilient_direct", default=())
 
@@ -113,6 +114,7 @@ class Budget:
 
     def __enter__(self) -> Self:
         """Bound the calls of this thread or task from now on."""
+        _blocks_seen.add(True)
         stack = ExitStack()
         callbacks = [*(dspy.settings.get("callbacks") or ()), _InsideDspy()]
         block = {_SETTING: (*in_force(), self), "callbacks": callbacks}
@@ -167,6 +169,8 @@ class Budget:
 
 def in_force() -> tuple[Budget, ...]:
     """Return the budgets of the blocks that enclose the caller, outermost first."""
+    if not _blocks_seen:
+        return ()  # asking DSPy's settings for what they do not have is slow
     found: tuple[Budget, ...] = dspy.settings.get(_SETTING, ())
     return found
 

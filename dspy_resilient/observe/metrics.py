@@ -7,7 +7,6 @@ not touch these numbers: what collects them expects counters that never fall.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dspy
@@ -46,7 +45,7 @@ class Counter(NamedTuple):
         ]
 
 
-_SPENT = {each.name for each in fields(Spending)}
+_SPENT = set(Spending._fields)
 
 COUNTERS = (
     Counter("calls", "calls", None, "Calls made by users."),

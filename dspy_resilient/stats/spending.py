@@ -7,12 +7,11 @@ LiteLLM do not know is unknown here too, and never 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from operator import add, sub
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spending:
+class Spending(NamedTuple):
     """What was billed for some requests; can be added and subtracted.
 
     Attributes:
@@ -37,7 +36,7 @@ class Spending:
     unanswered: int = 0
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any], price: Callable[[Spending], float | None]) -> Self:
+    def of(cls, entry: Mapping[str, Any], price: Callable[[Spending], float | None]) -> Spending:
         """Return what the answer cost of which DSPy has written `entry` into its history.
 
         Args:
@@ -45,26 +44,25 @@ class Spending:
             price: Asked for the cost of the tokens where the entry names none.
         """
         usage = entry.get("usage") or {}
-        prompt = _first(usage, "prompt_tokens", "input_tokens")
-        completion = _first(usage, "completion_tokens", "output_tokens")
-        sent = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-        received = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
-        tokens = {
-            "prompt_tokens": prompt or 0,
-            "completion_tokens": completion or 0,
-            "cached_tokens": _part(sent, "cached_tokens")
-            or _first(usage, "cache_read_input_tokens", "cache_read_tokens")
-            or 0,
-            "reasoning_tokens": _part(received, "reasoning_tokens")
-            or _first(usage, "reasoning_tokens")
-            or 0,
-        }
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        sent, received = (
+            usage.get("prompt_tokens_details"),
+            usage.get("completion_tokens_details"),
+        )
+        if prompt is None:  # the words of the Responses API
+            prompt, completion = usage.get("input_tokens"), usage.get("output_tokens")
+            sent, received = usage.get("input_tokens_details"), usage.get("output_tokens_details")
+        cached = _part(sent, "cached_tokens") or usage.get("cache_read_input_tokens")
+        tokens = (
+            _count(prompt),
+            _count(completion),
+            _count(cached),
+            _count(_part(received, "reasoning_tokens")),
+        )
         cost = entry.get("cost")
         if not isinstance(cost, (int, float)):
-            cost = None if prompt is None else price(Spending(**tokens))
-        if cost is None:
-            return cls(requests=1, unpriced=1, **tokens)
-        return cls(requests=1, known_dollars=cost, **tokens)
+            cost = None if prompt is None else price(cls(1, *tokens))
+        return cls(1, *tokens, 0.0, 1) if cost is None else cls(1, *tokens, cost)
 
     @property
     def dollars(self) -> float | None:
@@ -76,9 +74,9 @@ class Spending:
         """Tokens sent and received."""
         return self.prompt_tokens + self.completion_tokens
 
-    def __add__(self, other: Spending) -> Spending:
+    def __add__(self, other: Spending) -> Spending:  # type: ignore[override]  # no longer tuple
         """Return both together."""
-        return self._with(other, 1)
+        return Spending(*map(add, self, other))
 
     def __radd__(self, nothing: int) -> Spending:
         """Return this: `sum` begins with 0."""
@@ -86,23 +84,11 @@ class Spending:
 
     def __sub__(self, earlier: Spending) -> Spending:
         """Return what has come since `earlier`."""
-        return self._with(earlier, -1)
+        return Spending(*map(sub, self, earlier))
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
-        return self != NOTHING
-
-    def _with(self, other: Spending, sign: int) -> Spending:
-        return Spending(
-            requests=self.requests + sign * other.requests,
-            prompt_tokens=self.prompt_tokens + sign * other.prompt_tokens,
-            completion_tokens=self.completion_tokens + sign * other.completion_tokens,
-            cached_tokens=self.cached_tokens + sign * other.cached_tokens,
-            reasoning_tokens=self.reasoning_tokens + sign * other.reasoning_tokens,
-            known_dollars=self.known_dollars + sign * other.known_dollars,
-            unpriced=self.unpriced + sign * other.unpriced,
-            unanswered=self.unanswered + sign * other.unanswered,
-        )
+        return any(self)
 
 
 NOTHING = Spending()
@@ -110,14 +96,9 @@ NOT_BILLED = Spending(requests=1)
 UNANSWERED = Spending(requests=1, unanswered=1)
 
 
-def _first(usage: Mapping[str, Any], *names: str) -> int | None:
-    return next((usage[name] for name in names if _is_count(usage.get(name))), None)
+def _part(details: Any, name: str) -> Any:
+    return details.get(name) if isinstance(details, Mapping) else getattr(details, name, None)
 
 
-def _part(details: Any, name: str) -> int | None:
-    found = details.get(name) if isinstance(details, Mapping) else getattr(details, name, None)
-    return found if _is_count(found) else None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0
