@@ -204,10 +204,15 @@ class Attempt:
         keywords = {"model": lm.model, **lm.kwargs, **kwargs}
         token = _sending.set(self._mark)
         try:
-            http_clients = self.target.runtime.http_clients
             by_keywords = self._by_keywords(args)
+            route = self.route
             watch = providers.watch(
-                self._witness, by_keywords, keywords, http_clients, is_sync=loop is None
+                self._witness,
+                by_keywords,
+                keywords,
+                route.circuit,
+                route.service,
+                is_sync=loop is None,
             )
             with watch as tags:
                 if by_keywords:
@@ -232,6 +237,8 @@ class Attempt:
 
         Where LiteLLM keeps the client no timeout is added: it would open a connection for each.
         """
+        if keywords.get("fallbacks"):  # LiteLLM's own, which may lie elsewhere
+            return {}
         lm = self.target.lm
         find = self.target.runtime.http_clients.find
         self._http = http = find(loop, lm.model, lm.model_type, keywords, lm.kwargs)

@@ -1,6 +1,6 @@
 """The way to the providers, as far as it leads through LiteLLM."""
 
-from dspy_resilient.providers.callback_event import CallbackEvent, home_of
+from dspy_resilient.providers.callback_event import CallbackEvent
 from dspy_resilient.providers.observer import (
     AttemptWatch,
     ensure_registered,
@@ -20,16 +20,17 @@ from dspy_resilient.providers.pool import (
     running_loop,
     within,
 )
+from dspy_resilient.providers.service import Service
 
 __all__ = [
     "AttemptWatch",
     "CallbackEvent",
     "HttpClients",
     "PooledClient",
+    "Service",
     "async_client",
     "client",
     "ensure_registered",
-    "home_of",
     "load",
     "loaded",
     "observe",

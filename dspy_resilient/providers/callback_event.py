@@ -6,26 +6,12 @@ is needed and keeps nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
 TAG = "dspy_resilient"  # in a call's metadata; LiteLLM's own fallbacks change the id, but not this
-
-# Where a provider is unless told otherwise, as far as LiteLLM's events show it.
-_HOMES = {
-    "openai": "https://api.openai.com",
-    "anthropic": "https://api.anthropic.com",
-    "gemini": "https://generativelanguage.googleapis.com",
-    "groq": "https://api.groq.com",
-    "cerebras": "https://api.cerebras.ai",
-    "mistral": "https://api.mistral.ai",
-    "openrouter": "https://openrouter.ai",
-    "together_ai": "https://api.together.ai",
-}
-
-_PREFIX = "llm_provider-"  # LiteLLM's mark on headers that came from the provider
 
 _ALIASES = {"text-completion-openai": "openai", "ollama_chat": "ollama", "azure_text": "azure"}
 
@@ -48,8 +34,6 @@ class CallbackEvent:
         provider: LiteLLM's name of the provider, aliases folded, or None.
         endpoint: scheme://host[:port]/path, without query and credentials, or None.
         seconds: How long the request took, by LiteLLM's clock.
-        first_token: Seconds until the first chunk of a stream came, or None if none did.
-        headers: The provider's, by lower-case name; empty where LiteLLM has not kept them.
     """
 
     error: BaseException | None
@@ -58,8 +42,6 @@ class CallbackEvent:
     provider: str | None
     endpoint: str | None
     seconds: float = 0.0
-    first_token: float | None = None
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def facts_of(self, error: BaseException) -> Facts:
         """Return what this tells about `error`: nothing, if it is about another one."""
@@ -68,11 +50,10 @@ class CallbackEvent:
         return {"handed_off": self.handed_off, "answered": self.answered}
 
 
-def read_event(kwargs: dict[str, Any], response: Any, start: Any, end: Any) -> CallbackEvent:
+def read_event(kwargs: dict[str, Any], _: Any, start: Any, end: Any) -> CallbackEvent:
     """Return the evidence in an event of LiteLLM's: its state, its answer, and two datetimes."""
     error = kwargs.get("exception")
     provider = kwargs.get("custom_llm_provider")
-    first = kwargs.get("completion_start_time") if kwargs.get("stream") else None
     return CallbackEvent(
         error=error if isinstance(error, BaseException) else None,
         handed_off=kwargs.get("api_call_start_time") is not None,
@@ -80,8 +61,6 @@ def read_event(kwargs: dict[str, Any], response: Any, start: Any, end: Any) -> C
         provider=provider_name(provider) if isinstance(provider, str) else None,
         endpoint=endpoint_name((kwargs.get("litellm_params") or {}).get("api_base")),
         seconds=_seconds(start, end) or 0.0,
-        first_token=None if first is None else _seconds(start, first),
-        headers=_headers(kwargs, response, error),
     )
 
 
@@ -115,16 +94,6 @@ def _seconds(start: Any, end: Any) -> float | None:
         return None
 
 
-def _headers(kwargs: dict[str, Any], response: Any, error: Any) -> dict[str, str]:
-    """Return what LiteLLM has kept of the response's headers, wherever that is."""
-    kept = getattr(error, "litellm_response_headers", None) or kwargs.get("response_headers")
-    if not kept:
-        kept = (getattr(response, "_hidden_params", None) or {}).get("additional_headers")
-    if not isinstance(kept, Mapping):
-        return {}
-    return {str(name).lower().removeprefix(_PREFIX): str(kept[name]) for name in kept}
-
-
 def call_ids(kwargs: dict[str, Any]) -> Iterator[str]:
     """Yield what the call of an event may be known by, the most certain first."""
     if isinstance(call_id := kwargs.get("litellm_call_id"), str):
@@ -139,11 +108,6 @@ def call_ids(kwargs: dict[str, Any]) -> Iterator[str]:
 def provider_name(name: str) -> str:
     """Return the one name of a provider that LiteLLM knows by several."""
     return _ALIASES.get(name, name)
-
-
-def home_of(provider: str) -> str | None:
-    """Return where `provider` is unless told otherwise, or None if nobody knows."""
-    return _HOMES.get(provider_name(provider))
 
 
 def endpoint_name(url: object) -> str | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import types
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -31,14 +30,16 @@ from dspy_resilient.providers.callback_event import (
     TAG,
     CallbackEvent,
     call_ids,
-    endpoint_name,
     provider_name,
     read_event,
 )
 from dspy_resilient.providers.litellm_module import litellm_so_far
+from dspy_resilient.providers.service import Service
+
+_HEARD = "_heard_by_dspy_resilient"
 
 OnFailure = Callable[[CallbackEvent], None]
-OnOutcome = Callable[[CallbackEvent, bool], None]
+OnOutcome = Callable[[Any, CallbackEvent, bool], None]
 
 # The attempt of this context, where it carries no tags.
 _untagged: ContextVar[AttemptWatch | None] = ContextVar("dspy_resilient_untagged", default=None)
@@ -49,18 +50,30 @@ class AttemptWatch:
 
     Attributes:
         call_id: The attempt's name in LiteLLM: a UUID.
-        client: Whose attempt it is; others may hear of it.
         on_failure: Called with the evidence on the thread, and in the task, of the attempt, before
             the exception gets there. (Where a stream breaks half-way LiteLLM reports it when it
-            gets round to it, on a thread of its own.)
+            gets round to it, on a thread of its own.) LiteLLM may yet find another way to an answer.
+        circuit: Which circuit the attempt reports to; others may hear of it.
+        service: Where it goes, by which an event without a tag is known.
     """
 
-    __slots__ = ("__weakref__", "call_id", "client", "on_failure")
+    __slots__ = ("__weakref__", "call_id", "circuit", "on_failure", "service")
 
-    def __init__(self, call_id: str, on_failure: OnFailure, client: object = None) -> None:
+    def __init__(
+        self,
+        call_id: str,
+        on_failure: OnFailure,
+        circuit: object = None,
+        service: Service | None = None,
+    ) -> None:
         self.call_id = call_id
         self.on_failure = on_failure
-        self.client = client
+        self.circuit = circuit
+        self.service = service
+
+    def made(self, event: CallbackEvent) -> bool:
+        """Whether an event without a tag, in the context of this attempt, may be its own."""
+        return self.service is not None and self.service.answers(event)
 
     def tags(self, keywords: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return fresh keywords that mark the attempt for LiteLLM and keep it to one request.
@@ -100,14 +113,12 @@ class AttemptWatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Subscription:
-    provider: str
-    endpoint: str | None
-    on_outcome: Callable[[], OnOutcome | None]
-    client: weakref.ref[Any] | None
+    service: Service
+    hear: Callable[[Any, CallbackEvent, bool], None]
+    circuit: weakref.ref[Any]
 
-    def concerns(self, evidence: CallbackEvent) -> bool:
-        is_there = self.endpoint is None or f"{evidence.endpoint}/".startswith(f"{self.endpoint}/")
-        return is_there and evidence.provider == self.provider
+    def is_like(self, other: _Subscription) -> bool:
+        return self.service == other.service and self.circuit() is other.circuit()
 
 
 class _Observer:
@@ -129,21 +140,25 @@ class _Observer:
         self._series = str(uuid.uuid4())[:-12]  # one random UUID, whose last digits count
         self._numbers = itertools.count()
 
-    def sight(self, on_failure: OnFailure, client: object = None) -> AttemptWatch:
+    def sight(
+        self, on_failure: OnFailure, circuit: object = None, service: Service | None = None
+    ) -> AttemptWatch:
         """Return a new attempt under observation."""
-        sighting = AttemptWatch(f"{self._series}{next(self._numbers):012x}", on_failure, client)
-        self._sightings[sighting.call_id] = sighting
+        call_id = f"{self._series}{next(self._numbers):012x}"
+        sighting = self._sightings[call_id] = AttemptWatch(call_id, on_failure, circuit, service)
         return sighting
 
     def take(self, sighting: AttemptWatch) -> bool:
         """End the observation of `sighting`; False if it has ended already."""
         return self._sightings.pop(sighting.call_id, None) is not None
 
-    def subscribe(self, subscription: _Subscription) -> None:
-        """Add a subscription; those whose subscriber is gone go."""
+    def subscribe(self, subscription: _Subscription) -> _Subscription:
+        """Add a subscription, or return the like of it; those whose circuit is gone go."""
         with self._changing:
-            living = [each for each in self._subscriptions if each.on_outcome() is not None]
-            self._subscriptions = (*living, subscription)
+            living = [each for each in self._subscriptions if each.circuit() is not None]
+            found = next((each for each in living if each.is_like(subscription)), None)
+            self._subscriptions = tuple(living) if found else (*living, subscription)
+        return found or subscription
 
     def unsubscribe(self, subscription: _Subscription) -> None:
         """End a subscription. Idempotent."""
@@ -168,26 +183,42 @@ class _Observer:
     def _route(self, kwargs: dict[str, Any], *facts: Any, succeeded: bool) -> None:
         ids = tuple(call_ids(kwargs))
         is_tagged = any(call_id.startswith(self._series) for call_id in ids)
-        untagged = None if is_tagged else _untagged.get()
-        if not is_tagged and untagged is None:
-            if not kwargs.get("cache_hit"):
-                self._publish(read_event(kwargs, *facts), succeeded=succeeded)
-        elif not succeeded:
+        if kwargs.get("cache_hit") or (is_tagged and succeeded):
+            return
+        event = read_event(kwargs, *facts)
+        if not _is_news(event.error):
+            return
+        if is_tagged:
             found = (self._sightings.get(call_id) for call_id in ids)
-            sighting = next((each for each in found if each is not None), untagged)
-            if sighting is not None and self.take(sighting):
-                evidence = read_event(kwargs, *facts)
-                sighting.on_failure(evidence)
-                self._publish(evidence, succeeded=False, client=sighting.client)
+            watch = next((each for each in found if each is not None), None)
+            if watch is None:  # it has ended, and been reported
+                return
+        else:
+            watch = _untagged.get()
+            if watch is not None and not watch.made(event):
+                watch = None  # a call of an engine's, to another service
+        if watch is not None and not succeeded:
+            watch.on_failure(event)
+        if watch is None or not succeeded:
+            self._publish(event, succeeded=succeeded, circuit=watch.circuit if watch else None)
 
-    def _publish(self, evidence: CallbackEvent, *, succeeded: bool, client: object = None) -> None:
-        """Tell those whom it concerns, but not the `client` whose own attempt it was."""
+    def _publish(self, event: CallbackEvent, *, succeeded: bool, circuit: object) -> None:
+        """Tell the circuits that it concerns, but not the one that the attempt reports to."""
         for subscription in self._subscriptions:
-            own = subscription.client is not None and subscription.client() is client
-            if not own and subscription.concerns(evidence):
-                on_outcome = subscription.on_outcome()
-                if on_outcome is not None:
-                    on_outcome(evidence, succeeded)
+            own = subscription.circuit()
+            if own is not None and own is not circuit and subscription.service.answers(event):
+                subscription.hear(own, event, succeeded)
+
+
+def _is_news(error: BaseException | None) -> bool:
+    """Whether an event is the first about its error; of some streams LiteLLM reports two."""
+    if error is None:
+        return True
+    if getattr(error, _HEARD, False):
+        return False
+    with suppress(AttributeError):
+        setattr(error, _HEARD, True)
+    return True
 
 
 _observer = _Observer()
@@ -234,7 +265,8 @@ def watch(
     on_failure: OnFailure,
     by_keywords: bool = True,
     keywords: Mapping[str, Any] | None = None,
-    client: object = None,
+    circuit: object = None,
+    service: Service | None = None,
     is_sync: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Watch the attempt that runs in the block; the value is what to add to its keywords.
@@ -242,15 +274,16 @@ def watch(
     Args:
         on_failure: As for `observe`.
         by_keywords: Whether keywords reach LiteLLM. If not (a typed Request, another engine), there
-            are none to add, LiteLLM is not imported, and what fails in this context, untagged, is
-            taken for the attempt.
+            are none to add, LiteLLM is not imported, and what fails in this context, untagged, at
+            the attempt's own `service`, may be the attempt.
         keywords: As for `AttemptWatch.tags`.
-        client: Whose attempt it is: that of which `subscribe` is told by the same object.
+        circuit: Which circuit the attempt reports to, and so need not hear of it.
+        service: Where the attempt goes.
         is_sync: Whether LiteLLM is called without an event loop in between.
     """
     if by_keywords or loaded():
         ensure_registered()
-    sighting = _observer.sight(on_failure, client)
+    sighting = _observer.sight(on_failure, circuit, service)
     token = None if by_keywords else _untagged.set(sighting)
     tags = sighting.tags(keywords) if by_keywords else {}
     is_spared = is_sync and _observer.spares_success({**(keywords or {}), **tags})
@@ -264,31 +297,23 @@ def watch(
                 _untagged.reset(token)
 
 
-def subscribe(
-    provider: str, endpoint: str | None, on_outcome: OnOutcome, client: object = None
-) -> Callable[[], None]:
-    """Hear of the process's LiteLLM calls to a provider that are no attempts of one's own.
+def subscribe(service: Service, hear: OnOutcome, circuit: object) -> Callable[[], None]:
+    """Have a circuit hear of the process's LiteLLM calls to a service that do not report to it.
 
-    Of the attempts of other clients only failures are heard. LiteLLM is not imported for it: where
-    it has not been yet, hearing begins with the first attempt of any client.
+    Of other circuits' attempts only failures are heard. A circuit hears of each call once, however
+    often it subscribes. LiteLLM is not imported for it: where it has not been yet, hearing begins
+    with the first attempt of any client.
 
     Args:
-        provider: LiteLLM's name for it, e.g. "openai".
-        endpoint: An `api_base`, for the calls to it or to a path below; None or "" for all calls
-            to that provider.
-        on_outcome: Called with the evidence and whether the call succeeded, on any thread; of a
-            success, late. Held weakly: the subscription ends with the object it is a method of.
-        client: Whose attempts are not to be heard, as given to `watch`; held weakly.
+        service: The provider and its address.
+        hear: Called with the circuit, the evidence and whether the call succeeded, on any thread; of
+            a success, late. It must not hold the circuit.
+        circuit: Which hears; held weakly: the subscription ends with it.
 
     Returns:
         A function that ends the subscription.
     """
     if loaded() or "callbacks" in litellm_so_far():
         ensure_registered()
-    is_method = isinstance(on_outcome, types.MethodType)
-    held: Callable[[], OnOutcome | None]
-    held = weakref.WeakMethod(on_outcome) if is_method else weakref.ref(on_outcome)
-    own = None if client is None else weakref.ref(client)
-    subscription = _Subscription(provider_name(provider), endpoint_name(endpoint), held, own)
-    _observer.subscribe(subscription)
+    subscription = _observer.subscribe(_Subscription(service, hear, weakref.ref(circuit)))
     return partial(_observer.unsubscribe, subscription)

@@ -91,6 +91,7 @@ class Route:
         budget: RetryBudget,
     ) -> None:
         self.label = label = place.endpoint.label
+        self.service = providers.Service(place.endpoint.model, place.provider, place.endpoint.url)
         key = (place.credential or "none")[:6]  # of its HMAC
         self.access_label = f"{label} (key {key})"
         self.circuit = circuit
@@ -104,27 +105,7 @@ class Route:
         self.limiter = self._new_limiter()
         self._runtime = runtime
         if circuit is not None and circuit.policy.listen == "provider":
-            self._listen(place)
-
-    def _listen(self, place: Place) -> None:
-        """Learn from every LiteLLM call of the process to the same provider and endpoint."""
-        url = place.endpoint.url or providers.home_of(place.provider)
-        providers.subscribe(place.provider, url, self.hear, self._runtime.http_clients)
-
-    def hear(self, evidence: providers.CallbackEvent, succeeded: bool) -> None:
-        """Let the circuit know how somebody else's call to this provider went."""
-        assert self.circuit is not None  # only a route with a circuit listens
-        permit = self.circuit.try_admit()
-        if permit is None:
-            return
-        with permit:
-            if succeeded:
-                permit.success()
-            elif (error := evidence.error) is not None:
-                facts = evidence.facts_of(error)
-                verdict = classify(error, seconds=evidence.seconds, **facts)
-                if verdict.outcome == Outcome.FAILURE:
-                    permit.failure(redacted(error), retry_after=verdict.retry_after)
+            providers.subscribe(self.service, _hear, circuit)
 
     def circuits(self) -> dict[str, CircuitBreaker]:
         """Return the circuits there are on this route, by label."""
@@ -231,6 +212,22 @@ class Route:
             permit = self.access.try_admit()  # the attempt is older than the circuit
         if permit is not None:
             permit.failure(redacted(error), reason=str(kind))
+
+
+def _hear(circuit: CircuitBreaker, event: providers.CallbackEvent, succeeded: bool) -> None:
+    """Let a circuit know how a call went that does not report to it."""
+    if circuit.wait_time() > 0:
+        return  # it will find out by its own probe; no call of ours was rejected
+    permit = circuit.try_admit()
+    if permit is None:
+        return
+    with permit:
+        if succeeded:
+            permit.success()
+        elif (error := event.error) is not None:
+            verdict = classify(error, seconds=event.seconds, **event.facts_of(error))
+            if verdict.outcome == Outcome.FAILURE:
+                permit.failure(redacted(error), retry_after=verdict.retry_after)
 
 
 class Routes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import dspy
@@ -11,6 +12,7 @@ import pytest
 from litellm.llms.custom_httpx.async_client_cleanup import close_litellm_async_clients
 
 from dspy_resilient import CircuitPolicy, ResilientLM
+from dspy_resilient.circuit import CircuitBreaker
 from dspy_resilient.testing import Provider, Status, rate_limited
 
 KEY = "another-key"
@@ -136,3 +138,83 @@ def test_copies_hear_once(provider, listening):
         raw(provider, "sync")
     assert listening.circuit.failure_count == 1
     assert {copied.circuit for copied in copies} == {listening.circuit}
+
+
+def test_clients_that_share_a_circuit_count_a_failure_once(provider, make):
+    """Nor do five keys of one client make five failures of one."""
+    shared = CircuitBreaker(CircuitPolicy(failure_threshold=50, listen="provider"))
+    clients = [make(circuit=shared, max_wait=0, num_retries=0, cache=False) for _ in range(5)]
+    alone = make(circuit=CircuitPolicy(listen="provider"), num_retries=0, cache=False)
+    for number in range(5):
+        assert clients[0]("?", api_key=f"key {number}") == ["Paris"]
+        assert alone("?", api_key=f"key {number}") == ["Paris"]
+    provider.always(Status(500))
+    with pytest.raises(litellm.InternalServerError):
+        raw(provider, "sync")
+    assert shared.failure_count == 1
+    assert alone.circuit.failure_count == 1
+    with pytest.raises(dspy.LMServerError):
+        clients[3]("?")
+    assert shared.failure_count == 2
+
+
+def test_what_is_heard_while_the_circuit_is_open_was_not_rejected(provider, listening):
+    """A listener's news are no calls of the client's."""
+    provider.always(Status(500))
+    for _ in range(9):
+        with pytest.raises(litellm.InternalServerError):
+            raw(provider, "sync")
+    assert listening.circuit.state == "open"
+    assert listening.stats().rejected == 0
+    assert listening.circuit.rejected == 0
+
+
+class Engine:
+    """An engine of the user's own, which does more than it is asked, and answers all the same."""
+
+    def __init__(self, work):
+        self.work = work
+
+    def _answer(self, request):
+        message = dspy.lm15.Message.assistant("Paris")
+        usage = dspy.lm15.Usage(input_tokens=1, output_tokens=1, total_tokens=2)
+        return dspy.lm15.Response(
+            model=request.model, message=message, finish_reason="stop", usage=usage, id="1"
+        )
+
+    def complete(self, request, *args, **kwargs):
+        with contextlib.suppress(Exception):
+            self.work()
+        return self._answer(request)
+
+
+def router(provider, _):
+    deployment = {"model": "openai/test", "api_base": provider.api_base, "api_key": KEY}
+    model = {"model_name": "m", "litellm_params": deployment | {"max_retries": 0}}
+    return litellm.Router([model], num_retries=0).completion("m", QUESTION)
+
+
+@pytest.mark.parametrize("work", [embed, raw, router], ids=["embed", "raw", "router"])
+def test_what_an_engine_swallows_is_no_failure_of_its_answer(provider, monkeypatch, work):
+    """An embedding, a call or a router of its own failed; the client's call was answered."""
+    provider.always(Status(500))
+    monkeypatch.setenv("OPENAI_API_BASE", provider.api_base)
+    engine = Engine(lambda: work(provider, "sync"))
+    lm = ResilientLM("openai/test", engine=engine, cache=False, max_wait=0)
+    for _ in range(7):
+        lm("?")
+    assert (lm.circuit.state, lm.circuit.failure_count) == ("closed", 0)
+    assert len(provider.requests) == 7
+
+
+def test_an_answer_beats_the_failure_before_it(provider, make):
+    """LiteLLM's own fallbacks report what failed before they found an answer."""
+    provider.always(Status(500))
+    with Provider("Lyon") as second:
+        other = {"model": "openai/b", "api_base": second.api_base, "api_key": KEY}
+        lm = make(cache=False, max_wait=0, fallbacks=[])
+        twin = lm.copy()
+        twin.kwargs["fallbacks"] = [other]
+        for _ in range(7):
+            assert asyncio.run(twin.acall("?")) == ["Lyon"]
+    assert (lm.circuit.state, lm.circuit.failure_count) == ("closed", 0)

@@ -21,7 +21,7 @@ from dspy_resilient.outcomes import Kind, classify
 from dspy_resilient.outcomes.outcome import Outcome
 from dspy_resilient.providers import observer
 from dspy_resilient.providers.callback import Hook
-from dspy_resilient.providers.callback_event import endpoint_name
+from dspy_resilient.providers.callback_event import endpoint_name, provider_name
 from dspy_resilient.testing import (
     Provider,
     Reset,
@@ -464,7 +464,7 @@ def test_without_keywords_the_context_tells(provider, ask):
     heard = []
     with (
         pytest.raises(dspy.LMServerError),
-        providers.watch(heard.append, by_keywords=False) as tags,
+        providers.watch(heard.append, by_keywords=False, service=here(provider)) as tags,
     ):
         ask(lm, request)
     assert tags == {}
@@ -494,16 +494,25 @@ def test_dspy_carries_the_tags(provider, ask):
     assert (verdict.kind, verdict.retry_after) == (Kind.THROTTLED, 7.0)
 
 
+def here(provider, name="openai"):
+    """Where the local provider is."""
+    return providers.Service(f"{name}/test", name, provider.api_base)
+
+
 class Subscriber:
-    """Remembers what it hears."""
+    """Remembers what it hears, as a circuit would count it."""
 
     def __init__(self):
         self.heard = []
         self.news = threading.Event()
 
-    def hear(self, evidence, succeeded):
-        self.heard.append((evidence, succeeded))
-        self.news.set()
+    def subscribe(self, service):
+        return providers.subscribe(service, hear, self)
+
+
+def hear(subscriber, evidence, succeeded):
+    subscriber.heard.append((evidence, succeeded))
+    subscriber.news.set()
 
 
 def elsewhere(provider, **more):
@@ -515,7 +524,7 @@ def elsewhere(provider, **more):
 def test_a_subscriber_hears_of_everybody_elses_calls(provider):
     """Successes and failures, chats and embeddings, but no attempt of ours."""
     subscriber = Subscriber()
-    end = providers.subscribe("openai", provider.api_base, subscriber.hear)
+    end = subscriber.subscribe(here(provider))
     with providers.watch(print) as tags:
         elsewhere(provider, **tags)
     elsewhere(provider)
@@ -537,28 +546,28 @@ def test_a_subscriber_hears_of_everybody_elses_calls(provider):
 
 def test_a_subscriber_hears_of_its_own_place_only(provider):
     """Another endpoint, or another provider at the same one, is none of its business."""
-    here, there, anthropic, anywhere = (Subscriber() for _ in range(4))
+    mine, there, anthropic, default = (Subscriber() for _ in range(4))
     ends = [
-        providers.subscribe("openai", f"{provider.api_base}/", here.hear),
-        providers.subscribe("openai", f"{provider.api_base}2", there.hear),
-        providers.subscribe("anthropic", provider.api_base, anthropic.hear),
-        providers.subscribe("openai", None, anywhere.hear),
+        mine.subscribe(here(provider)._replace(url=f"{provider.api_base}/")),
+        there.subscribe(here(provider)._replace(url=f"{provider.api_base}2")),
+        anthropic.subscribe(here(provider, "anthropic")),
+        default.subscribe(here(provider)._replace(url="")),
     ]
     provider.always(Status(500))
     with pytest.raises(litellm.InternalServerError):
         elsewhere(provider)
     for end in ends:
         end()
-    assert [len(s.heard) for s in (here, there, anthropic, anywhere)] == [1, 0, 0, 1]
+    assert [len(s.heard) for s in (mine, there, anthropic, default)] == [1, 0, 0, 0]
 
 
 def test_a_dead_subscriber_disappears(provider):
     """A subscription ends with its subscriber."""
     gone, left = Subscriber(), Subscriber()
-    providers.subscribe("openai", provider.api_base, gone.hear)
+    gone.subscribe(here(provider))
     del gone
     gc.collect()
-    end = providers.subscribe("openai", provider.api_base, left.hear)
+    end = left.subscribe(here(provider))
     assert len(observer._observer._subscriptions) == 1
     provider.always(Status(500))
     with pytest.raises(litellm.InternalServerError):
@@ -567,22 +576,54 @@ def test_a_dead_subscriber_disappears(provider):
     end()
 
 
-def test_an_event_tells_when_the_first_token_came_and_with_which_headers(provider):
-    """Of a stream, and of a failure; what LiteLLM has not kept is not there."""
+def test_a_circuit_that_subscribes_again_hears_once(provider):
+    """However many clients, routes and keys share it; at another place it subscribes anew."""
     subscriber = Subscriber()
-    end = providers.subscribe("openai", provider.api_base, subscriber.hear)
-    provider.answer = "The capital is Paris"
-    list(elsewhere(provider, stream=True))
-    assert subscriber.news.wait(10)
-    provider.script(Status(500, headers={"X-Request-Id": "r1"}))
+    ends = [subscriber.subscribe(here(provider)) for _ in range(5)]
+    ends.append(subscriber.subscribe(here(provider)._replace(url=f"{provider.api_base}2")))
+    provider.always(Status(500))
     with pytest.raises(litellm.InternalServerError):
         elsewhere(provider)
-    end()
-    (streamed, _), (failed, _) = subscriber.heard
-    assert 0 < streamed.first_token <= streamed.seconds
-    assert streamed.headers["content-type"] == "text/event-stream"
-    assert failed.first_token is None
-    assert failed.headers["x-request-id"] == "r1"
+    assert len(subscriber.heard) == 1
+    for end in ends:
+        end()
+    assert observer._observer._subscriptions == ()
+
+
+HOMES = {
+    "openai": "https://api.openai.com/v1/chat/completions",
+    "anthropic": "https://api.anthropic.com/v1/messages",
+    "gemini": "https://generativelanguage.googleapis.com/v1beta/models/m:generateContent",
+    "groq": "https://api.groq.com/openai/v1",
+    "mistral": "https://api.mistral.ai/v1",
+    "openrouter": "https://openrouter.ai/api/v1",
+    "deepinfra": "https://api.deepinfra.com/v1/openai",
+    "xai": "https://api.x.ai/v1",
+    "cohere": "https://api.cohere.com/v2/chat",
+    "replicate": "https://api.replicate.com/v1",
+}
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_a_providers_own_address_is_known_and_no_local_server_is_it(name):
+    """LiteLLM tells where it is; of those it does not tell of, what is nearby is not it."""
+    service = providers.Service(f"{name}/m", name)
+
+    def event(endpoint):
+        return providers.CallbackEvent(None, True, True, provider_name(name), endpoint)
+
+    assert service.answers(event(HOMES[name]))
+    assert not service.answers(event("http://127.0.0.1:8000/v1"))
+    assert not service.answers(event("http://vllm:8000/v1"))
+    assert not providers.Service("azure/m", "azure").answers(event(HOMES[name]))
+
+
+@pytest.mark.parametrize("model", ["gpt-4o-mini", "claude-sonnet-4-5"])
+def test_who_serves_a_model_without_a_prefix_is_known(model):
+    """LiteLLM knows."""
+    name = "openai" if model.startswith("gpt") else "anthropic"
+    event = providers.CallbackEvent(None, True, True, name, HOMES[name])
+    assert providers.Service(model, "").answers(event)
 
 
 @pytest.mark.parametrize(
