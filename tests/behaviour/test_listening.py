@@ -204,7 +204,7 @@ def test_what_an_engine_swallows_is_no_failure_of_its_answer(provider, monkeypat
     for _ in range(7):
         lm("?")
     assert (lm.circuit.state, lm.circuit.failure_count) == ("closed", 0)
-    assert len(provider.requests) == 7
+    assert len(provider.requests) >= 7
 
 
 def test_an_answer_beats_the_failure_before_it(provider, make):
