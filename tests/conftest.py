@@ -22,6 +22,11 @@ import dspy
 import hypothesis
 import pytest
 
+if os.environ.get("DSPY_SHAPE") == "3.5":
+    import dspy35
+
+    dspy35.apply()
+
 from dspy_resilient import ResilientLM, providers
 from dspy_resilient.testing import Provider
 

@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
+from dspy.clients.lm import LM
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
     from dspy_resilient.outcomes import Kind
     from dspy_resilient.pipeline.attempt import Attempt
     from dspy_resilient.targets.target import Target
+
+
+_NOT_RECORDED = {"prompt", "messages", "request"}
+if hasattr(
+    LM, "generate"
+):  # from DSPy 3.5 on, arguments of their own, which its history leaves out
+    _NOT_RECORDED |= {"cache", "n", "num_generations", "rollout_id"}
 
 
 class AttemptSummary(NamedTuple):
@@ -81,7 +90,7 @@ class Call:
         return {
             name: value
             for name, value in (self.own | self.kwargs).items()
-            if not name.startswith("api_") and name not in ("prompt", "messages", "request")
+            if not name.startswith("api_") and name not in _NOT_RECORDED
         }
 
     def every_target(self) -> Iterator[Target]:

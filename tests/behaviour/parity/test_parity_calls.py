@@ -172,7 +172,7 @@ def test_tool_calls_and_thoughts(compare, call, model_type):
 @pytest.mark.parametrize("method", ["prompt", "messages", "both", "neither", "empty"])
 @pytest.mark.filterwarnings("ignore:.*messages= :DeprecationWarning")
 def test_every_way_to_ask(compare, call, method):
-    """Prompt and messages, each and both."""
+    """Prompt and messages, each and both; from DSPy 3.5 on it refuses messages."""
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "m"}]
     given = {
         "prompt": {"prompt": "p"},
@@ -181,7 +181,7 @@ def test_every_way_to_ask(compare, call, method):
         "neither": {},
         "empty": {"prompt": "", "messages": []},
     }
-    compare(lambda lm: call(lm, **given[method]))
+    compare(lambda lm: call(lm, **given[method]), may_raise=hasattr(dspy.LM, "generate"))
 
 
 @pytest.mark.parametrize(
