@@ -142,24 +142,29 @@ def _ask(adapter, lm, lm_kwargs, signature, demos, inputs):
     return processed, build_request(lm, messages, lm_kwargs)
 
 
-def _outputs(responses):
-    """Read each response when it is its turn to be parsed: parsing is one loop over the list."""
-    for response in responses:
-        yield legacy_output(response, logprobs=response.logprobs is not None)
+class _Outputs:
+    """Responses as parsing reads them: one after the other, in a loop over the list itself."""
+
+    def __init__(self, responses):
+        self._responses = responses
+
+    def __iter__(self):
+        for response in self._responses:
+            yield legacy_output(response, logprobs=response.logprobs is not None)
 
 
 @with_capability_planning
 def _adapter_call(self, lm, lm_kwargs, signature, demos, inputs):
     processed, request = _ask(self, lm, lm_kwargs, signature, demos, inputs)
     responses = lm.generate(request, **_execution_options(lm_kwargs))
-    return self._call_postprocess(processed, signature, _outputs(responses), lm, lm_kwargs)
+    return self._call_postprocess(processed, signature, _Outputs(responses), lm, lm_kwargs)
 
 
 @with_capability_planning
 async def _adapter_acall(self, lm, lm_kwargs, signature, demos, inputs):
     processed, request = _ask(self, lm, lm_kwargs, signature, demos, inputs)
     responses = await lm.agenerate(request, **_execution_options(lm_kwargs))
-    return self._call_postprocess(processed, signature, _outputs(responses), lm, lm_kwargs)
+    return self._call_postprocess(processed, signature, _Outputs(responses), lm, lm_kwargs)
 
 
 class _ThroughGenerate:
@@ -171,7 +176,7 @@ class _ThroughGenerate:
     async def acall(self, messages, **options):
         request = build_request(self._lm, messages, options)
         responses = await self._lm.agenerate(request, **_execution_options(options))
-        return [*_outputs(responses)]
+        return [*_Outputs(responses)]
 
 
 def _two_steps(acall):

@@ -204,10 +204,15 @@ class CallEntry(LM):
         outputs = answer.fresh_outputs()
         if not answer.key or served.hit or not isinstance(outputs, list):
             return outputs
-        messages = call.kwargs.get("messages")
-        if not called_by_adapter(self, messages):
+        if not self._is_adapters(call):
             return outputs
         return _OutputsForAdapter(outputs, lambda: self._runtime.cache.evict(answer.key))
+
+    def _is_adapters(self, call: Call) -> bool:
+        """Whether an adapter makes this call: in DSPy 3.5 what a module asks `generate` for."""
+        if call.method in ("generate", "agenerate"):
+            return bool(dspy.settings.caller_modules)
+        return called_by_adapter(self, call.kwargs.get("messages"))
 
     def _record_hit(self, call: Call, served: Served) -> None:
         tally = self._runtime.tally

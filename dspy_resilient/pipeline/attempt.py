@@ -23,7 +23,7 @@ from dspy_resilient.cache import Answer
 from dspy_resilient.errors import DeadlineExceededError
 from dspy_resilient.outcomes import Kind, Outcome, classify
 from dspy_resilient.outcomes.causes import may_be_billed
-from dspy_resilient.pipeline.stream import WatchedStream
+from dspy_resilient.pipeline.stream import WatchedStream, notices_cuts
 from dspy_resilient.providers.prices import price_of
 from dspy_resilient.stats.spending import NOT_BILLED, NOTHING, UNANSWERED, Spending
 
@@ -43,6 +43,7 @@ except ImportError:  # DSPy 3.5 has no such calls any more
     _adapter_call = adapter_message_call = None
 
 _ASYNC = {"__call__": "acall", "generate": "agenerate"}
+_IS_TYPED = adapter_message_call is None  # from DSPy 3.5 on, every call is a request
 _NOTHING = contextlib.nullcontext()
 _MAYBE_BILLED = (Kind.FAILURE, Kind.TIMEOUT, Kind.CANCELLED)
 
@@ -220,7 +221,7 @@ class Attempt:
                 twin: Any = self._twin(tags)
                 try:
                     marked = _marked_as_adapters(twin, kwargs.get("messages"))
-                    with self._traced(), self._settings(), marked:
+                    with self._traced(), self._settings(args), marked:
                         yield twin
                 finally:
                     del twin.update_history  # it holds the twin and the attempt in a cycle
@@ -252,8 +253,19 @@ class Attempt:
 
     def _by_keywords(self, args: tuple[Any, ...]) -> bool:
         """Whether LiteLLM sees the keywords of this attempt: not through another engine."""
-        typed = bool(args) and isinstance(args[0], dspy.lm15.Request)
-        return getattr(self.target.lm, "engine", None) == "litellm" and not typed
+        return getattr(self.target.lm, "engine", None) == "litellm" and not _typed(args)
+
+    def _ends_truly(self, args: tuple[Any, ...]) -> bool:
+        """Whether an end in a chunk of DSPy's own class is the provider's, and not LiteLLM's.
+
+        DSPy's native engine makes up none. A typed request may go through either, under "auto".
+        """
+        lm = self.target.lm
+        engine = getattr(lm, "engine", None)
+        if engine == "litellm" or (engine == "auto" and (_IS_TYPED or _typed(args))):
+            provider, slash, _ = lm.model.partition("/")
+            return notices_cuts(lm.kwargs.get("custom_llm_provider") or (provider if slash else ""))
+        return True
 
     def _twin(self, tags: dict[str, Any]) -> Any:
         """Return a plain copy of the target for one request: no cache, no retries, no callbacks."""
@@ -273,10 +285,12 @@ class Attempt:
         tracer = self.target.runtime.tracer
         return _NOTHING if tracer is None else tracer.attempt(self)
 
-    def _settings(self) -> contextlib.AbstractContextManager[None]:
+    def _settings(self, args: tuple[Any, ...]) -> contextlib.AbstractContextManager[None]:
         settings: dict[str, Any] = {}
         if self.call.streams:
-            self._stream = settings["send_stream"] = WatchedStream(dspy.settings.send_stream)
+            self._stream = settings["send_stream"] = WatchedStream(
+                dspy.settings.send_stream, ends_truly=self._ends_truly(args)
+            )
         if dspy.settings.disable_history:
             settings["disable_history"] = False  # the entry tells whether the answer is complete
             self._discard = True
@@ -407,6 +421,10 @@ class Attempt:
             f"{self.route.label} was still being waited for",
             client=name,
         )
+
+
+def _typed(args: tuple[Any, ...]) -> bool:
+    return bool(args) and isinstance(args[0], dspy.lm15.Request)
 
 
 def _tokens(record: dict[str, Any]) -> int | None:

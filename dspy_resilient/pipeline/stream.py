@@ -6,6 +6,8 @@ provider's. It changes nothing of what goes by, and it retries nothing.
 
 from __future__ import annotations
 
+import functools
+from importlib.metadata import version
 from typing import Any
 
 # The provider's own chunks carry its name for the model; those that LiteLLM makes up do not.
@@ -15,6 +17,9 @@ _MADE_UP = ("stop", "tool_calls")
 # Formats in which the end is always a chunk of its own, so that one without the mark is made up.
 # Elsewhere LiteLLM also splits the last chunk in two if it has text, and the end loses its mark.
 _ENDS_APART = ("anthropic", "azure")
+# Providers whose streams LiteLLM, since 1.110, does not end by itself: a cut is an error.
+_NOTICED = ("anthropic", "azure", "groq", "mistral", "openai")
+_SINCE = (1, 110)
 
 
 class WatchedStream:
@@ -24,13 +29,18 @@ class WatchedStream:
     chunk; of a body that holds nothing it makes an answer of that chunk alone. That one is kept
     back, so that somebody else may answer.
 
+    Where DSPy has turned LiteLLM's chunks into its own, nothing tells the two apart: the end of such
+    a stream is known only where no end is made up (see `notices_cuts`).
+
     Attributes:
         emitted: Whether a chunk has reached the consumer.
         whole: Whether the provider's own end was seen.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, *, ends_truly: bool = False) -> None:
+        """Watch `stream`; `ends_truly` says that an end in a chunk of DSPy's own class is real."""
         self._stream = stream
+        self._ends_truly = ends_truly
         self._kept_back = False
         self._cut = False
         self._marked = False
@@ -46,16 +56,18 @@ class WatchedStream:
 
     async def send(self, item: Any) -> None:
         """Look at a chunk and pass it on."""
-        origin = getattr(item, "_hidden_params", None)  # only LiteLLM's chunks have it
         choices = getattr(item, "choices", None)
-        if origin is not None and choices:
-            end, marked = choices[0].finish_reason, _MARK in origin
+        choices = getattr(item, "choices", None)
+        if choices:
+            origin = getattr(item, "_hidden_params", None)  # only LiteLLM's chunks have it
+            end, marked = choices[0].finish_reason, origin is not None and _MARK in origin
             made_up = end in _MADE_UP and not marked
-            if made_up and not self.emitted and not choices[0].delta.content:
+            if made_up and not self.emitted and not _says_something(choices[0].delta):
                 self._kept_back = True
                 self.whole = False
                 return
-            self.whole = marked and end is not None
+            is_real = self._ends_truly if origin is None else marked
+            self.whole = is_real and end is not None
             self._cut = made_up and self._marked and _ends_apart(origin)
             self._marked = self._marked or marked
         self.emitted = True
@@ -66,7 +78,23 @@ class WatchedStream:
         return getattr(self._stream, name)
 
 
-def _ends_apart(origin: dict[str, Any]) -> bool:
+def notices_cuts(provider: str) -> bool:
+    """Whether LiteLLM makes an error, and not an answer, of this provider's streams that are cut."""
+    return provider in _NOTICED and _litellm() >= _SINCE
+
+
+@functools.cache
+def _litellm() -> tuple[int, ...]:
+    return tuple(map(int, version("litellm").split(".")[:2]))
+
+
+def _says_something(delta: Any) -> bool:
+    return bool(delta.content or getattr(delta, "tool_calls", None))
+
+
+def _ends_apart(origin: dict[str, Any] | None) -> bool:
+    if origin is None:
+        return False
     provider = origin.get("custom_llm_provider")
     if provider == "openai":  # many servers speak its format, each in its own way
         endpoint = origin.get("api_base")

@@ -13,6 +13,7 @@ from dspy_resilient.providers.endpoint import resolve
 from dspy_resilient.targets.reasoning_models import fit, fit_config
 from dspy_resilient.targets.request_key import key_of
 from dspy_resilient.targets.route import Routes
+from dspy_resilient.targets.typed_requests import with_own
 
 if TYPE_CHECKING:
     from dspy_resilient.errors import ResilienceError
@@ -98,7 +99,7 @@ class Target:
         if self is call.targets[0] or not isinstance(request, dspy.lm15.Request):
             return call.args
         model = self.lm.model
-        config = fit_config(model, request.config)
+        config = fit_config(model, with_own(request.config, call.targets[0].lm, self.lm))
         return dataclasses.replace(request, model=model, config=config), *call.args[1:]
 
     def timeout(self, call: Call) -> float | None:

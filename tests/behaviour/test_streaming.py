@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from importlib.metadata import version
 
 import anyio
@@ -34,9 +35,9 @@ def provider():
         yield running
 
 
-async def consume(lm, question="q", *, is_async=True, started=None):
+async def consume(lm, question="q", *, is_async=True, started=None, program=None):
     """Stream one prediction; return the chunks seen and the prediction."""
-    program = dspy.Predict("question -> answer")
+    program = program or dspy.Predict("question -> answer")
     chunks, prediction = 0, None
     with dspy.context(lm=lm):
         stream = dspy.streamify(program, is_async_program=is_async)
@@ -142,6 +143,56 @@ async def test_a_stream_without_its_end_is_not_remembered(provider, make):
         await consume(lm)
     assert lm.stats().stored == lm.stats().evicted == 0
     assert lm.stats().skipped.get("partial", 0) == (not notices)
+
+
+class Typed(dspy.Module):
+    """Asks with a typed request, and so streams chunks of DSPy's own class."""
+
+    def _request(self, question):
+        lm = dspy.settings.lm
+        return lm, dspy.lm15.Request(model=lm.model, messages=(dspy.lm15.Message.user(question),))
+
+    def forward(self, question):
+        lm, request = self._request(question)
+        return dspy.Prediction(answer=lm(request).message.text)
+
+    async def aforward(self, question):
+        lm, request = self._request(question)
+        return dspy.Prediction(answer=(await lm.acall(request)).message.text)
+
+
+MODELS = ["openai/m", "anthropic/claude-haiku-4-5", "gemini/gemini-2.0-flash", "groq/m"]
+ENGINES = [(model, engine) for model in MODELS for engine in ("litellm", "auto", "lm15")]
+PROGRAMS = {"ordinary": dspy.Predict("question -> answer"), "typed": Typed()}
+
+
+@pytest.mark.parametrize("how", ["eof", "close"])
+@pytest.mark.parametrize(("model", "engine"), [*ENGINES, ("mistral/m", "litellm")])
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+async def test_half_an_answer_is_never_remembered(provider, make, program, model, engine, how):
+    """Whoever made the chunks, a stream that was cut does not come again from the cache."""
+    lm = make(model, api_base=provider.base(model.partition("/")[0]), engine=engine, num_retries=0)
+    provider.script(CutStream(3, how=how))
+    with contextlib.suppress(dspy.LMError, dspy.AdapterParseError):
+        await consume(lm, program=program)
+    assert lm.stats().stored == 0
+    _, prediction = await consume(lm, program=program)
+    assert "one two three four five" in prediction.answer
+    assert lm.stats().hits == 0
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("engine", ["litellm", "lm15"])
+async def test_a_typed_stream_that_ends_is_remembered(provider, make, engine, is_async):
+    """Where it is sure that the end was the provider's; a plain typed call finds it, too."""
+    lm = make(engine=engine)
+    chunks, prediction = await consume(lm, is_async=is_async, program=Typed())
+    assert chunks > 3
+    known = engine == "lm15" or LITELLM >= (1, 110)
+    assert lm.stats().stored == known
+    with dspy.context(lm=lm):
+        assert Typed()(question="q").answer == prediction.answer
+    assert provider.count == 2 - known
 
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])

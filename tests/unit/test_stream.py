@@ -6,6 +6,8 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from dspy.clients.call_result import attributes
+from dspy.clients.engines.streaming import EngineChunk
 
 from dspy_resilient.pipeline.stream import WatchedStream
 
@@ -29,9 +31,9 @@ def chunk(text=None, end=None, *, marked=True, provider="anthropic", api_base=No
     return SimpleNamespace(choices=[choice], _hidden_params=origin)
 
 
-def watch(*chunks):
+def watch(*chunks, **options):
     consumer = Consumer()
-    stream = WatchedStream(consumer)
+    stream = WatchedStream(consumer, **options)
 
     async def send():
         for each in chunks:
@@ -97,8 +99,35 @@ def test_an_answer_of_one_chunk_is_an_answer():
         assert (stream.emitted, taken, stream.flaw) == (True, [only], None)
 
 
+def engine_chunk(text=None, end=None):
+    """A chunk of DSPy's own class, whatever it is made of."""
+    return EngineChunk(choices=[attributes({"delta": {"content": text}, "finish_reason": end})])
+
+
+def test_the_end_in_a_chunk_of_another_class_is_not_known():
+    """It may be LiteLLM's: no error without proof, and no place in the cache."""
+    stream, taken = watch(engine_chunk("one"), engine_chunk(end="stop"))
+    assert (stream.whole, stream.flaw, len(taken)) == (False, None, 2)
+
+
+def test_where_no_end_is_made_up_it_is_known():
+    """DSPy's native engine, and LiteLLM where it makes an error of a cut."""
+    stream, taken = watch(engine_chunk("one"), engine_chunk(end="stop"), ends_truly=True)
+    assert (stream.whole, stream.flaw, len(taken)) == (True, None, 2)
+
+
+def test_an_end_alone_in_a_chunk_of_another_class_is_kept_back():
+    """Of an empty body LiteLLM makes an answer; tool calls are an answer."""
+    stream, taken = watch(engine_chunk(end="stop"))
+    assert (taken, stream.emitted) == ([], False)
+    assert "without a single chunk" in stream.flaw
+    calls = engine_chunk(end="tool_calls")
+    calls.choices[0].delta["tool_calls"] = [{"index": 0}]
+    assert watch(calls)[1] == [calls]
+
+
 def test_what_is_not_litellms_goes_by():
-    """Chunks of other engines, and whatever a program sends by itself."""
+    """Whatever a program sends by itself."""
     things = ["status", SimpleNamespace(choices=[]), object()]
     stream, taken = watch(*things)
     assert (taken, stream.whole, stream.flaw) == (things, True, None)

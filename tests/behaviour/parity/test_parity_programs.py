@@ -159,7 +159,7 @@ def test_several_completions(compare, call):
 
     theirs, _ = compare(scenario, answer=dspy_answers(CAPITALS))
     assert theirs.result[1] == ["Paris"] * 3
-    assert len(theirs.requests) == 1
+    assert len(theirs.requests) == (3 if hasattr(dspy.LM, "generate") else 1)  # each its own
 
 
 def test_logprobs_of_a_prediction(compare, call):

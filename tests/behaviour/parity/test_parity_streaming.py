@@ -112,7 +112,8 @@ def test_a_listener_of_another_adapter(compare, streamed, adapter):
 def test_raw_chunks(compare, streamed):
     """Without a listener LiteLLM's own chunks arrive, one by one."""
     theirs, _ = compare(lambda lm: streamed(Program()), answer=dspy_answers(ANSWER))
-    assert theirs.result[0][0] == "ModelResponseStream"
+    if not hasattr(dspy.LM, "generate"):  # from DSPy 3.5 on they are DSPy's own
+        assert theirs.result[0][0] == "ModelResponseStream"
 
 
 @both_ends
