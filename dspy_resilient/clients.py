@@ -23,6 +23,8 @@ from dspy_resilient.policies import number, shown
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dspy_resilient.stats.stats import Stats
+
 _ME = "Clients"
 
 
@@ -180,6 +182,10 @@ class Clients(ClosedAtEnd, Mapping[str, ResilientLM]):
     def health(self) -> dict[str, Health]:
         """Return the condition of every client at this moment, by name."""
         return {name: each.lm.health() for name, each in self._all().items()}
+
+    def stats(self) -> dict[str, Stats]:
+        """Return the numbers of every client, by name; `sum(clients.stats().values())` is all."""
+        return {name: each.lm.stats() for name, each in self._all().items()}
 
     def close(self) -> None:
         """Close all clients and refuse to start more; idempotent, and safe while calls run.

@@ -19,8 +19,9 @@
     StoreFound         the shared store answers again                                    info
 
 A listener (`ResilientLM(on_event=...)`) hears all of them, in order. The logger `dspy_resilient`
-gets one line for each change of state: the event's name and facts, which are in the record's
-`event` and `facts` too. No handler is installed. This module owns the event types and their
+gets one line in logfmt for each change of state: the event's name and facts. The record has them as
+attributes too (`extra`): `event`, such as "dspy_resilient.circuit_opened", and `facts`, a dict of all
+the event's fields. No handler is installed. This module owns the event types and their
 delivery; it formats nothing for people but log lines, and it never lets a listener's fault reach a
 call.
 """
@@ -29,8 +30,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dspy_resilient._support.deliverer import Deliverer
@@ -46,11 +48,23 @@ class Event:
         client: Name of the client.
         at: When, on the client's monotonic clock, in seconds.
         target: Label of the target concerned, or None where no single one was.
+        wall: When, in Unix time, for people and for other machines. Two events are equal without it.
     """
 
     client: str
     at: float
     target: str | None = None
+    wall: float = field(default_factory=time.time, compare=False, repr=False)  # noqa: TID251  # for people
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event's name and facts, ready for JSON and for a row of a table.
+
+        Example:
+            >>> CircuitClosed(client="fast", at=1.0, seconds=2.5, wall=0.0).to_dict()
+            {'event': 'circuit_closed', 'client': 'fast', 'at': 1.0, 'target': None, 'wall': 0.0, 'seconds': 2.5}
+        """
+        facts = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {"event": name_of(self).rpartition(".")[2], **facts}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,9 +221,7 @@ class Hub(Deliverer):
 
     def _deliver(self, event: Event) -> None:
         if isinstance(event, _STATE_CHANGES):
-            line = _log(event)
-            if isinstance(event, WaitStarted):
-                _show(line)
+            _log(event)
         super()._deliver(event)
 
 
@@ -219,45 +231,60 @@ def name_of(event: Event) -> str:
     return "dspy_resilient." + "".join("_" + c.lower() if c.isupper() else c for c in name)[1:]
 
 
-def _log(event: Event) -> str:
-    """Write one line to the log and return it."""
+def _log(event: Event) -> None:
+    """Write one line to the log, in logfmt."""
     facts: dict[str, Any] = {f.name: getattr(event, f.name) for f in fields(event)}
-    details = " ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value!r}"
-        for name, value in facts.items()
-        if name not in _BASE and value is not None
-    )
+    shown = {"client": event.client, "target": event.target or "-"}
+    shown |= {n: v for n, v in facts.items() if n not in _BASE and v is not None}
+    line = " ".join([name_of(event), *(f"{name}={_logfmt(value)}" for name, value in shown.items())])
     level = (
         logging.INFO
         if isinstance(event, (CircuitHalfOpened, CircuitClosed, StoreFound))
         else logging.WARNING
     )
-    line = f"{name_of(event)} client={printable(event.client)} "
-    line += f"target={printable(event.target or '-')} {details}"
-    logger.log(level, "%s", line, extra={"event": name_of(event), "facts": facts})
-    return line
+    if not (isinstance(event, WaitStarted) and _tell(line)):
+        logger.log(level, "%s", line, extra={"event": name_of(event), "facts": facts})
 
 
 def log_failure(client: str, error: Exception, attempts: int) -> None:
     """Write one line about a call that ended with `error`: no text, which may hold the prompt."""
     status = getattr(error, "status", None)
     facts = {"client": client, "error": type(error).__name__, "status": status}
-    line = f"dspy_resilient.call_failed client={printable(client)} error={facts['error']}"
+    line = f"dspy_resilient.call_failed client={_logfmt(client)} error={facts['error']}"
     line += f" status={status}" if isinstance(status, int) else ""
     extra = {"event": "dspy_resilient.call_failed", "facts": {**facts, "attempts": attempts}}
     logger.warning("%s attempts=%d", line, attempts, extra=extra)
 
 
-def _show(line: str) -> None:
-    """Write `line` to the terminal too if the log goes elsewhere: a waiting run must not seem hung."""
-    if sys.stderr.isatty() and logger.isEnabledFor(logging.WARNING) and not _is_shown(logger):
+def _logfmt(value: object) -> str:
+    """Return a value as logfmt has it: in quotes if it is empty, or holds space, quotes or `=`."""
+    text = f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+    if text and not any(c in text for c in ' "=\\'):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _tell(line: str) -> bool:
+    """Write `line` to the terminal if the log goes elsewhere: a waiting run must not seem hung.
+
+    A progress bar of tqdm's is not broken by it. Returns whether the log need not be told: it has
+    no handlers, and would write the line to the terminal too.
+    """
+    if not sys.stderr.isatty() or not logger.isEnabledFor(logging.WARNING):
+        return False
+    has_handlers = logger.hasHandlers()
+    if has_handlers and _is_shown(logger):
+        return False
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if tqdm is None:
         sys.stderr.write(f"{line}\n")
+    else:
+        tqdm.write(line, file=sys.stderr)
+    return not has_handlers
 
 
 def _is_shown(source: logging.Logger | None) -> bool:
     """Whether what `source` logs is likely to be seen as it comes: not only kept in files."""
-    if not logger.hasHandlers():
-        return True  # logging itself then writes warnings to the terminal
     while source is not None:
         if not all(isinstance(each, _KEEPING) for each in source.handlers):
             return True

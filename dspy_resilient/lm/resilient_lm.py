@@ -366,7 +366,11 @@ class ResilientLM(ClosedAtEnd, Copyable):
         from dspy_resilient.stats.display import client_html  # noqa: PLC0415  # only when asked
 
         circuits = [(name, each.state, each.explain()) for name, each in self.circuits.items()]
-        return client_html(f"{self.name} ({self.model})", circuits, self.stats())
+        conditions = [str(self.health().state)]
+        if self._runtime.routes.find(self, {}).gate.wait_time() > 0:
+            conditions.append("throttled")
+        title = f"{self.name} ({self.model})"
+        return client_html(title, circuits, self.stats(), conditions)
 
     def update_history(self, entry: dict[str, Any]) -> None:
         """Record a call that DSPy made past us, and say so once: no policy applied to it."""

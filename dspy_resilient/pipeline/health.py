@@ -51,6 +51,11 @@ class Health:
     restarts: int = 0
     disk_errors: int = 0
 
+    def _repr_html_(self) -> str:
+        from dspy_resilient.stats.display import health_html  # noqa: PLC0415  # only when asked
+
+        return health_html(self.client, self.model, self.state, self.in_flight, self.retry_after)
+
 
 def health_of(runtime: ClientState, model: str, route: Route) -> Health:
     """Return the health of the client whose primary takes `route`."""

@@ -47,9 +47,15 @@ def circuit_html(name: str, state: str, says: str) -> str:
     return _box(_circuit(name, state, says))
 
 
-def client_html(title: str, circuits: Iterable[tuple[str, str, str]], stats: Stats) -> str:
-    """Return a client: its circuits as (label, state, what to say), and its numbers."""
-    head = f'<div style="font-weight:600;margin-bottom:4px">{_text(title)}</div>'
+def client_html(
+    title: str,
+    circuits: Iterable[tuple[str, str, str]],
+    stats: Stats,
+    conditions: Iterable[str] = (),
+) -> str:
+    """Return a client: its conditions, its circuits as (label, state, what to say), its numbers."""
+    badges = "".join(f" {badge(each, _HEALTH)}" for each in conditions)
+    head = f'<div style="font-weight:600;margin-bottom:4px">{_text(title)}{badges}</div>'
     lines = "".join(_circuit(*circuit) for circuit in circuits)
     return _box(head + lines + _stats_table(stats, title=""))
 
@@ -63,6 +69,16 @@ def clients_html(rows: Iterable[tuple[str, str, str, Stats]]) -> str:
         counts = [f"{n:,}" for n in (stats.calls, stats.hits, stats.attempts, stats.failures)]
         lines.append(_cells("td", (name, model, badge(state, _HEALTH), *counts, *took), first=3))
     return _box(_table(lines))
+
+
+def health_html(
+    name: str, model: str, state: str, in_flight: int, retry_after: float | None
+) -> str:
+    """Return one client's condition: a badge, its calls under way, and when that may change."""
+    says = f"{in_flight:,} under way"
+    says += f", may change in {duration(retry_after)}" if retry_after else ""
+    told = f"{badge(state, _HEALTH)} {_text(name)} ({_text(model)}) "
+    return _box(told + _text(says))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -222,7 +238,7 @@ _COLOURS = {
     "forced_open": _BLUE,
     "forced_closed": _BLUE,
 }
-_HEALTH = {"ready": _GREEN, "open": _RED, "broken": _RED}
+_HEALTH = {"ready": _GREEN, "open": _RED, "broken": _RED, "throttled": _AMBER}
 _CELL = "padding:1px 10px 1px 0;border:none;background:none;vertical-align:top"
 _NUMBER = ";white-space:pre;font-family:monospace"
 
@@ -256,7 +272,7 @@ def _box(content: str) -> str:
 
 def _circuit(name: str, state: str, says: str) -> str:
     says = says.removeprefix(state.replace("_", " "))  # the badge has said it
-    told = f'{badge(state)} {_text(name)} <span style="opacity:.75">{_text(says)}</span>'
+    told = f"{badge(state)} {_text(name)} {_text(says)}"
     return f'<div style="margin:2px 0">{told}</div>'
 
 

@@ -74,6 +74,10 @@ class Spending(NamedTuple):
         """Tokens sent and received."""
         return self.prompt_tokens + self.completion_tokens
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers ready for JSON, with `dollars` as None where a price is not known."""
+        return self._asdict() | {"dollars": self.dollars}
+
     def __add__(self, other: Spending) -> Spending:  # type: ignore[override]  # no longer tuple
         """Return both together."""
         return Spending(*map(add, self, other))

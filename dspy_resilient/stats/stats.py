@@ -18,6 +18,8 @@ from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient.stats.latency import Latency, Stopwatch
 from dspy_resilient.stats.spending import NOTHING, Spending
 
+_LATENCY = ("count", "total", "mean", "p50", "p95", "p99")
+
 
 class Tally:
     """Named counters, and how long answers took, behind one short lock."""
@@ -187,6 +189,17 @@ class Stats:
                 mixed = isinstance(one, Mapping)
                 own[each.name] = _merge(operation, one, two) if mixed else operation(one, two)
         return Stats(**own)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers ready for JSON and for a row of a table; `latency` as its quantiles."""
+        numbers = {each.name: getattr(self, each.name) for each in fields(self)}
+        numbers |= {name: dict(n) for name, n in numbers.items() if isinstance(n, Mapping)}
+        numbers["latency"] = {name: getattr(self.latency, name) for name in _LATENCY}
+        numbers["spent"] = self.spent.to_dict()
+        spent = {target: each.to_dict() for target, each in self.spent_by_target.items()}
+        numbers["spent_by_target"] = spent
+        numbers["recent"] = None if self.recent is None else self.recent.to_dict()
+        return numbers
 
     def __str__(self) -> str:
         """Return the numbers as an aligned table."""

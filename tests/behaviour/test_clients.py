@@ -56,6 +56,16 @@ def test_a_request_is_a_call_of_the_client(clients, settings, request_of):
     assert lm.history[-1]["kwargs"]["temperature"] == 0.5
 
 
+def test_the_numbers_of_all_clients(clients, settings, request_of):
+    """By name, and together."""
+    for name in ("fast", "slow"):
+        clients.start(name, "openai/test", **settings)
+    request_of(clients, "fast", "hello")
+    numbers = clients.stats()
+    assert {name: each.calls for name, each in numbers.items()} == {"fast": 1, "slow": 0}
+    assert sum(numbers.values()).calls == 1
+
+
 @pytest.mark.filterwarnings("ignore:messages= dictionaries:DeprecationWarning")
 def test_a_request_takes_messages(clients, settings, provider, request_of):
     """As a call of `dspy.LM` does."""

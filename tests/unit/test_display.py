@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+import dspy
 import pytest
 
-from dspy_resilient import CircuitBreaker, CircuitPolicy
+from dspy_resilient import CircuitBreaker, CircuitPolicy, Health, HealthState
 from dspy_resilient.events import printable
 from dspy_resilient.stats import Latency, Stats
 from dspy_resilient.stats.display import badge, client_html, clients_html
-from dspy_resilient.testing import Clock
+from dspy_resilient.testing import Clock, rate_limited
 
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x1b[31m\n"
 NUMBERS = Stats(
@@ -97,6 +98,35 @@ def test_every_state_has_a_badge_that_reads_on_light_and_on_dark():
     assert all("background:#" in look and "color:#fff" in look for look in looks)
     rest = client_html("m", [], NUMBERS)
     assert not re.search(r"color:(?!rgba)", rest.replace("border-color", ""))
+
+
+def test_a_card_says_what_is_wrong():
+    """Closed, broken and throttled are said beside the title, each in a badge."""
+    page = Page(client_html("m", [], NUMBERS, ["broken", "throttled"]))
+    assert "m broken throttled" in " ".join(page.text.split())
+    health = Health(
+        client="<b>", model="m", state=HealthState.OPEN, retry_after=90.0, in_flight=1200
+    )
+    page = Page(health._repr_html_())
+    assert "<b>" in page.text
+    assert "1,200 under way, may change in 1 min 30 s" in page.text
+
+
+def test_a_client_says_its_condition(make):
+    """Its card follows it, from ready to closed."""
+    lm = make()
+    assert "ready" in Page(lm._repr_html_()).text
+    lm.close()
+    assert "closed" in Page(lm._repr_html_()).text
+
+
+def test_a_throttled_client_says_so(make, provider):
+    """The pause that a provider has asked for is a condition of its own."""
+    lm = make(max_wait=0)
+    provider.always(rate_limited(30))
+    with pytest.raises(dspy.LMError):
+        lm("?", num_retries=0)
+    assert "throttled" in Page(lm._repr_html_()).text
 
 
 def test_the_table_is_aligned():

@@ -7,6 +7,7 @@ import copy
 import ctypes
 import dataclasses
 import io
+import json
 import logging
 import os
 import pickle
@@ -14,8 +15,10 @@ import re
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 
 import pytest
+from tqdm import tqdm
 
 from dspy_resilient import CircuitBreaker, CircuitPolicy, events
 from dspy_resilient._support import deliverer, turns, worker
@@ -436,7 +439,7 @@ def test_a_long_wait_is_seen_once_without_any_logging(monkeypatch):
     """Python's own last resort writes warnings to the terminal."""
     (line,) = shown(monkeypatch, WaitStarted).splitlines()
     assert line.startswith("dspy_resilient.wait_started client=fast")
-    assert "ends='14:03:25'" in line
+    assert "ends=14:03:25" in line
 
 
 def test_a_long_wait_is_seen_though_the_log_goes_to_a_file(monkeypatch, tmp_path):
@@ -454,6 +457,49 @@ def test_a_long_wait_is_not_said_twice(monkeypatch):
         monkeypatch, WaitStarted, handler=logging.StreamHandler(terminal), terminal=terminal
     )
     assert text.count("wait_started") == 1
+
+
+def test_a_progress_bar_is_not_broken_by_a_long_wait(monkeypatch):
+    """The line stands above the bar, which is drawn again below it."""
+    terminal = Terminal()
+    with tqdm(total=9, file=terminal, ncols=40) as bar:
+        bar.update()
+        shown(monkeypatch, WaitStarted, terminal=terminal)
+    pieces = re.split(r"[\r\n]", terminal.getvalue())
+    (line,) = [piece for piece in pieces if "wait_started" in piece]
+    assert line.startswith("dspy_resilient.wait_started")
+    after = terminal.getvalue().partition(line)[2]
+    assert after.startswith("\n")
+    assert "1/9" in after
+
+
+def logfmt(line):
+    """Read a line as a collector of logs would."""
+    pairs = re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|[^ "=]*)(?: |$)', line.partition(" ")[2])
+    assert " ".join(f"{name}={value}" for name, value in pairs) == line.partition(" ")[2]
+    return {n: re.sub(r"\\(.)", r"\1", v[1:-1]) if v[:1] == '"' else v for n, v in pairs}
+
+
+@pytest.mark.parametrize("text", ["plain", "two words", 'a "b" c', "back\\slash", "k=v", "", "ä\nb"])
+def test_a_line_of_the_log_is_logfmt(caplog, text):
+    """What holds space, quotes or an equals sign is quoted, and nothing breaks the line."""
+    event = CircuitOpened(client=text or "-", at=1.0, reason=text, seconds=2.0, last_error=text)
+    Hub()(event)
+    facts = logfmt(caplog.records[0].getMessage())
+    assert facts["reason"] == facts["last_error"] == text.replace("\n", "\N{REPLACEMENT CHARACTER}")
+    assert facts["seconds"] == "2"
+    assert facts["target"] == "-"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_event_is_a_row(kind):
+    """Name and facts, ready for JSON, with the time of day."""
+    event = sample(kind)
+    row = json.loads(json.dumps(event.to_dict()))
+    assert row.pop("event").replace("_", "") == kind.__name__.lower()
+    assert row == dataclasses.asdict(event)
+    assert abs(row["wall"] - datetime.now(UTC).timestamp()) < 60  # noqa: TID251
+    assert event == dataclasses.replace(event, wall=0.0)
 
 
 def test_silence_is_kept(monkeypatch):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dspy_resilient.stats import LastMinute, Latency, Stats, Tally
 from dspy_resilient.stats.latency import Stopwatch, duration
+from dspy_resilient.stats.spending import Spending
 
 SECONDS = st.floats(0.001, 2000)
 
@@ -80,6 +81,18 @@ def test_a_snapshot_is_frozen():
     """What was handed out does not change any more."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         sample().calls = 3
+
+
+def test_a_snapshot_is_a_row():
+    """Ready for JSON: every number, parts by name, unknown prices as None."""
+    spent = {"a": Spending(requests=2, known_dollars=0.5), "b": Spending(requests=1, unpriced=1)}
+    stats = sample(calls=3, failed={"timeout": 1}, spent_by_target=spent, recent=sample(calls=1))
+    row = json.loads(json.dumps(stats.to_dict()))
+    assert {field.name for field in dataclasses.fields(stats)} <= row.keys()
+    assert (row["calls"], row["failed"], row["recent"]["calls"]) == (3, {"timeout": 1}, 1)
+    assert row["spent_by_target"]["a"]["dollars"] == 0.5
+    assert row["spent"]["dollars"] is None
+    assert row["latency"]["p95"] is None
 
 
 def test_numbers_of_two_clients_add_up():
