@@ -236,7 +236,9 @@ def _log(event: Event) -> None:
     facts: dict[str, Any] = {f.name: getattr(event, f.name) for f in fields(event)}
     shown = {"client": event.client, "target": event.target or "-"}
     shown |= {n: v for n, v in facts.items() if n not in _BASE and v is not None}
-    line = " ".join([name_of(event), *(f"{name}={_logfmt(value)}" for name, value in shown.items())])
+    line = " ".join(
+        [name_of(event), *(f"{name}={_logfmt(value)}" for name, value in shown.items())]
+    )
     level = (
         logging.INFO
         if isinstance(event, (CircuitHalfOpened, CircuitClosed, StoreFound))

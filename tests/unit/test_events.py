@@ -480,7 +480,9 @@ def logfmt(line):
     return {n: re.sub(r"\\(.)", r"\1", v[1:-1]) if v[:1] == '"' else v for n, v in pairs}
 
 
-@pytest.mark.parametrize("text", ["plain", "two words", 'a "b" c', "back\\slash", "k=v", "", "ä\nb"])
+@pytest.mark.parametrize(
+    "text", ["plain", "two words", 'a "b" c', "back\\slash", "k=v", "", "ä\nb"]
+)
 def test_a_line_of_the_log_is_logfmt(caplog, text):
     """What holds space, quotes or an equals sign is quoted, and nothing breaks the line."""
     event = CircuitOpened(client=text or "-", at=1.0, reason=text, seconds=2.0, last_error=text)
