@@ -359,12 +359,12 @@ def _weight(answer: Answer) -> int:
 class RemoteTier(Protocol):
     """Answers that other processes have stored, and will find. Nothing here blocks or raises."""
 
-    def find(self, key: str) -> Future[Answer | None] | None:
+    def load(self, key: str) -> Future[Answer | None] | None:
         """Return the future of the answer stored under `key`, or None if there is no asking now."""
         ...
 
-    def keep(self, answer: Answer) -> Future[Answer | None] | None:
-        """Store `answer`; return the future of its being there, or None as `find` does."""
+    def store(self, answer: Answer) -> Future[Answer | None] | None:
+        """Store `answer` in the background; return the future of its being there, or None."""
         ...
 
     def forget(self, key: str | None = None) -> None:

@@ -146,8 +146,9 @@ def _load_store(is_missing: bool, state: dict[str, Any]) -> Any:
         return state["shared"]
     if store := os.environ.get(STORE_VARIABLE):
         return store
+    whose = f"ResilientLM {state['name']!r}" if state["name"] else "ResilientLM"
     warnings.warn(
-        f"ResilientLM {state['name'] or ''!r}: it shares nothing for now, since its store was not "
+        f"{whose}: it shares nothing for now, since its store was not "
         f"saved (a client, or an address with a password); set {STORE_VARIABLE} before it is loaded, "
         "or go on with lm.copy(shared=...)",
         stacklevel=4,

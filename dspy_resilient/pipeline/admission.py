@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from dspy_resilient.budgets import BudgetStop
@@ -77,21 +77,18 @@ def _fund(call: Call, client: ClientState, target: Target) -> Steps[Funds | None
 
 
 def _admit(call: Call, client: ClientState, turn: Turn, route: Route) -> Steps[Admission | None]:
-    """Ask the circuit; what is shared, and known from too long ago, first asks the store."""
+    """Ask the circuit; a shared one may have to ask the store first, for no other is waited."""
     lease, early = turn.target.timeout(call) or 0.0, turn.early
-    if not route.links:
+    for link in route.links:
+        link.question()
+    if route.shared is None:
         return route.admit(lease, early=early)
-    consulting = (
-        nullcontext() if route.shared is None else route.shared.consulting(lease, early=early)
-    )
-    with consulting as news_of_circuit:
-        questions = [(link, link.question()) for link in route.links]
-        for link, news in (*questions, (route.shared, news_of_circuit)):
-            if link is not None and news is not None:  # all are under way: it is one wait
-                patience = min(link.patience_left(), call.left(client.clock()))
-                if not (yield Wait(news, patience)):
-                    check_deadline(call, client)
-                    link.go_alone()
+    with route.shared.consulting(lease, early=early) as news:
+        if news is not None:
+            patience = min(route.shared.patience_left(), call.left(client.clock()))
+            if not (yield Wait(news, patience)):
+                check_deadline(call, client)
+                route.shared.go_alone()
         return route.admit(lease, early=early)
 
 

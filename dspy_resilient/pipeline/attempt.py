@@ -406,7 +406,7 @@ class Attempt:
         if answer.key:
             runtime.cache.save(answer)
             if runtime.cache.others is not None:
-                runtime.cache.others.keep(answer)
+                runtime.cache.others.store(answer)
 
     def fail_late(self, error: BaseException) -> None:
         """Report a failure whose caller has given up."""

@@ -328,7 +328,7 @@ def load(client: ClientState, key: str) -> Steps[Answer | None]:
         answer = yield Disk(client.worker, partial(cache.load, key))
     if answer is None and cache.others is not None:
         seen = cache.evictions
-        found = yield from _hear(cache.others, cache.others.find(key))
+        found = yield from _hear(cache.others, cache.others.load(key))
         answer = cache.load_shared(found, seen)
     return answer
 
@@ -339,7 +339,7 @@ def save(client: ClientState, answer: Answer) -> Steps[None]:
     if cache.has_disk:
         yield Disk(client.worker, partial(cache.save, answer))
     if cache.others is not None:
-        yield from _hear(cache.others, cache.others.keep(answer))
+        cache.others.store(answer)  # no caller waits for it
 
 
 def _hear(others: RemoteTier, news: Future[Answer | None] | None) -> Steps[Answer | None]:

@@ -1,24 +1,32 @@
 """The answers that the clients of one name have in common, behind the memory and disk of each.
 
-Orders are collected and carried several at a time. What is kept is the text that the disk would
-keep, and what is recalled is trusted as little: it comes from whoever can write to the store. When
-the store does not answer, every look-up is a miss at once.
+Orders are collected and carried several at a time. A look-up waits for the store, a quarter of a
+second at most; nothing else does: a finished answer is stored in the background (and at the
+interpreter's exit, for as long). When the store does not answer, every look-up is a miss at once.
+
+What is stored is the text that the disk would keep, behind a digest that ties it to its key: what
+was garbled, or moved to another key, is a miss. Where the environment has a DSPY_RESILIENT_SECRET
+the digest is an HMAC under it, and what any other writer has put there is a miss too.
 """
 
 from __future__ import annotations
 
+import atexit
 import base64
 import dataclasses
+import hmac
+import os
 import threading
 import zlib
 from collections import deque
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from weakref import WeakSet
 
 from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient.cache.codec import decode, encode
-from dspy_resilient.shared.link import Link
+from dspy_resilient.shared.link import PATIENCE, Link
 from dspy_resilient.shared.store import MOST_TEXT, CacheOrder, Verb
 
 if TYPE_CHECKING:
@@ -33,7 +41,22 @@ _MOST_TO_FORGET = 1000
 _LARGE = 2048  # bytes from which on it pays to compress
 _MOST_BODY = 8 * MOST_TEXT
 _PACKED = b"z"
+_DIGEST = 32
+_NO_SECRET = b"dspy_resilient shared answer 1"
+
+SECRET_VARIABLE = "DSPY_RESILIENT_SECRET"  # noqa: S105  # the name, not the secret
 _FORGET = ("forget", "forget_all")
+
+
+_living: WeakSet[SharedAnswers] = WeakSet()
+
+
+@atexit.register
+def _flush() -> None:
+    """Wait until what was stored has arrived, all clients together no longer than a look-up."""
+    untold = [found for each in list(_living) for found in each.untold()]
+    if untold:
+        wait(untold, PATIENCE)
 
 
 class _Errand(NamedTuple):
@@ -59,6 +82,7 @@ class SharedAnswers(Link["list[_Errand]", "list[Answer | None]"]):
         self._kept = kept
         self.renew()
         renew_after_fork(self)
+        _living.add(self)
 
     def renew(self) -> None:
         """Begin anew in a forked child: what is under way, the parent gets."""
@@ -67,13 +91,13 @@ class SharedAnswers(Link["list[_Errand]", "list[Answer | None]"]):
         self._outbox: deque[_Errand] = deque()
         self._results: deque[tuple[Found, Answer | None]] = deque()
 
-    def find(self, key: str) -> Found | None:
+    def load(self, key: str) -> Found | None:
         """Return the future of the answer stored under `key`; None if there is no asking now."""
-        return self._send(CacheOrder("recall", key, kept=self._kept))
+        return self._send(CacheOrder("load", key, kept=self._kept))
 
-    def keep(self, answer: Answer) -> Found | None:
-        """Store an answer; return a future for its being there, or None as `find` does."""
-        return self._send(CacheOrder("keep", answer.key, kept=self._kept), answer)
+    def store(self, answer: Answer) -> Found | None:
+        """Store an answer in the background; return a future for its being there, or None."""
+        return self._send(CacheOrder("store", answer.key, kept=self._kept), answer)
 
     def forget(self, key: str | None = None) -> None:
         """Have the answer under `key` forgotten, or all; later, if the store does not answer."""
@@ -88,6 +112,11 @@ class SharedAnswers(Link["list[_Errand]", "list[Answer | None]"]):
             self.ask()
         with suppress(RuntimeError):  # no thread can be started: see `ask`
             self._courier.watch(self)
+
+    def untold(self) -> list[Found]:
+        """Return the futures of what the store has not heard."""
+        with self._lock:
+            return [each.found for each in (*(self._under_way or ()), *self._outbox)]
 
     def wants_news(self) -> bool:
         """Whether the store has not heard everything."""
@@ -114,7 +143,34 @@ class SharedAnswers(Link["list[_Errand]", "list[Answer | None]"]):
         return [self._outbox.popleft() for _ in range(min(_AT_ONCE, len(self._outbox)))]
 
     def _say(self, request: list[_Errand]) -> Verb:
-        return Verb("cache", (self._key, [_worded(each) for each in request]))
+        return Verb("cache", (self._key, [self._worded(each) for each in request]))
+
+    def _worded(self, errand: _Errand) -> CacheOrder:
+        """Return the order with its text; an answer that is not to be stored makes room."""
+        order, answer = errand.order, errand.answer
+        if answer is None:
+            return order
+        text = b"" if answer.is_evicted else _packed(answer)
+        if not text:
+            return CacheOrder("forget", order.name)
+        return order._replace(text=self._digest(order.name, text) + text)
+
+    def _digest(self, name: str, text: bytes) -> bytes:
+        """Return what ties `text` to the client's key and the answer's name."""
+        message = b"%s\n%s\n%s" % (self._key.encode(), name.encode(), text)
+        secret = os.environ.get(SECRET_VARIABLE, "").encode() or _NO_SECRET
+        return hmac.digest(secret, message, "sha256").hex()[:_DIGEST].encode()
+
+    def _checked(self, name: str, text: bytes) -> bytes:
+        """Return `text` without its digest.
+
+        Raises:
+            ValueError: It was not stored so.
+        """
+        digest, text = text[:_DIGEST], text[_DIGEST:]
+        if not hmac.compare_digest(digest, self._digest(name, text)):
+            raise ValueError("not an answer")
+        return text
 
     def _read(self, request: list[_Errand], reply: list[CachedText | None]) -> list[Answer | None]:
         return [self._answer(each.order, text) for each, text in zip(request, reply, strict=True)]
@@ -123,7 +179,7 @@ class SharedAnswers(Link["list[_Errand]", "list[Answer | None]"]):
         if text is None:
             return None
         try:
-            answer = _unpacked(text.text)
+            answer = _unpacked(self._checked(order.name, text.text))
         except Exception:  # noqa: BLE001  # whatever is in there is no answer
             self.forget(order.name)
             return None
@@ -157,15 +213,6 @@ class SharedAnswers(Link["list[_Errand]", "list[Answer | None]"]):
                 found.set_result(answer)
 
 
-def _worded(errand: _Errand) -> CacheOrder:
-    """Return the order with its text; an answer that is not to be kept makes room."""
-    order, answer = errand.order, errand.answer
-    if answer is None:
-        return order
-    text = b"" if answer.is_evicted else _packed(answer)
-    return order._replace(text=text) if text else CacheOrder("forget", order.name)
-
-
 def _packed(answer: Answer) -> bytes:
     """Return the text of an answer, or b"" if it has none, or one that is too long.
 
@@ -177,7 +224,7 @@ def _packed(answer: Answer) -> bytes:
         return b""
     if len(text) > _LARGE:
         text = _PACKED + base64.b64encode(zlib.compress(text, 1))
-    return text if len(text) <= MOST_TEXT else b""
+    return text if len(text) + _DIGEST <= MOST_TEXT else b""
 
 
 def _unpacked(text: bytes) -> Answer:

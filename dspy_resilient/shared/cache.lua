@@ -10,7 +10,7 @@ local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 local forgotten = tonumber(redis.call('GET', KEYS[1]) or '') or 0
 
 -- Whatever else lies under our key is no answer: a string of another length, or no string at all.
-local function recall(key, kept)
+local function load(key, kept)
   local size = redis.pcall('STRLEN', key)
   if type(size) ~= 'number' or size <= 17 or size > 17 + most then return false end
   local entry = redis.call('GET', key)
@@ -35,9 +35,9 @@ local replies = {}
 for i = 2, #KEYS do
   local doing, kept, text = ARGV[3 * i - 3], tonumber(ARGV[3 * i - 2]), ARGV[3 * i - 1]
   replies[i - 1] = false
-  if doing == 'recall' then
-    replies[i - 1] = recall(KEYS[i], kept)
-  elseif doing == 'keep' then
+  if doing == 'load' then
+    replies[i - 1] = load(KEYS[i], kept)
+  elseif doing == 'store' then
     local life = math.ceil(math.min(kept, day))
     redis.call('SET', KEYS[i], stamp() .. text, 'PX', life)
   elseif doing == 'forget' then

@@ -10,15 +10,17 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient._support.redact import describe
+from dspy_resilient._support.turns import Turn, Turns
+from dspy_resilient._support.worker import Worker
 from dspy_resilient.events import StoreFound, StoreLost
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Iterable
 
     from dspy_resilient.shared.store import Store, Verb
@@ -31,7 +33,10 @@ VIEW_AGE = 0.25
 """Seconds: a client acts on nothing older that the store has said, while the store answers."""
 
 PATIENCE = 0.25
-"""Seconds that a call waits for the store before it goes on with what its own client knows."""
+"""Seconds that a call waits for the store, where it waits for it at all."""
+
+SILENCE = 2.0
+"""Seconds without an answer after which a client goes on with what it knows itself."""
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 
@@ -134,17 +139,14 @@ class Link(ABC, Generic[Request, Reply]):
         """Seconds to wait yet for the answer to what has been asked, whoever asked first."""
         return max(0.0, self._asked_at + self.patience - self._courier.clock())
 
-    def question(self) -> Future[bool] | None:
-        """Return what to wait for, if anything, before acting on what is known here."""
-        if self.alone:
-            if self.is_old:
-                self.ask()
-            return None
-        age = self._courier.clock() - self._heard_at
-        if age < VIEW_AGE / 2:
-            return None
-        answer = self.ask()
-        return answer if age >= VIEW_AGE else None
+    def question(self) -> None:
+        """Ask in the background if what is known here is old; no caller waits for the answer."""
+        now = self._courier.clock()
+        is_asked = self._next is not None or self._under_way is not None
+        if is_asked and not self.alone and now >= self._asked_at + SILENCE:
+            self.go_alone()
+        elif self.is_old if self.alone else now - self._heard_at >= VIEW_AGE / 2:
+            self.ask()
 
     def ask(self) -> Future[bool]:
         """Have the courier go; the future is resolved when the answer, or a fault, is in."""
@@ -211,9 +213,6 @@ class Link(ABC, Generic[Request, Reply]):
         self._do_without(now, request)
 
 
-_IDLE = 5.0
-
-
 class Contact:
     """Whether a client is in contact with the store, and since when it is not.
 
@@ -263,65 +262,55 @@ class Courier:
         self.store = store
         self.contact = contact
         self.clock = contact.clock
+        self._worker = Worker("store")
         self.renew()
         renew_after_fork(self)
 
     def renew(self) -> None:
-        """Begin anew: in a forked child there is no thread and nothing under way."""
-        self._lock = threading.RLock()  # a finalizer may leave word while this thread does
+        """Begin anew: in a forked child nothing is under way."""
         self._errands: SimpleQueue[Link[Any, Any]] = SimpleQueue()
-        self._thread: threading.Thread | None = None
         self._watched: dict[Link[Any, Any], None] = {}
+        self._turns = Turns()
 
     def send(self, link: Link[Any, Any]) -> None:
-        """Go for `link` as soon as possible."""
+        """Go for `link` as soon as possible.
+
+        Raises:
+            RuntimeError: No thread can be started: the interpreter is on its way out.
+        """
         self._errands.put(link)
-        self._wake()
+        self._go()
 
     def watch(self, link: Link[Any, Any]) -> None:
         """Go for `link` from time to time, for as long as it wants news."""
-        with self._lock:
-            is_new = link not in self._watched
+        if link not in self._watched:
             self._watched[link] = None
-        if is_new:  # the thread may have settled down for a long wait
-            self.send(link)
+            self._go()
 
-    def _wake(self) -> None:
-        if self._thread is not None:
-            return
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="store", daemon=True)
-                self._thread.start()
+    def _go(self) -> None:
+        if not self._turns.is_taken and (self._watched or not self._errands.empty()):
+            self._worker.do(self._work)
 
     def _work(self) -> None:
-        errands = self._errands
-        while True:
-            try:
-                links = [errands.get(timeout=VIEW_AGE if self._watched else _IDLE)]
-            except Empty:
-                if self._may_leave():
-                    return
-            else:
-                while not errands.empty():  # nobody else takes any
-                    links.append(errands.get())
+        turn = Turn()
+        if not self._turns.take(turn):
+            return
+        while self._watched or not self._errands.empty():
+            with suppress(Empty):
+                links = [self._errands.get(timeout=VIEW_AGE)]
+                while not self._errands.empty():  # only one thread takes any
+                    links.append(self._errands.get())
                 carry(self.store, links)
             self._look_round()
+        turn.over = True
+        self._go()  # for what came while this thread still seemed to be at work
 
     def _look_round(self) -> None:
         """Ask for the links that want news."""
         for link in list(self._watched):
             if not link.wants_news():
-                with self._lock:
-                    self._watched.pop(link, None)
-            elif link.is_old:
-                link.ask()
-
-    def _may_leave(self) -> bool:
-        with self._lock:
-            if self._watched:
-                return False
-            self._thread = None
-        if not self._errands.empty():  # from somebody who still saw this thread
-            self._wake()
-        return True
+                del self._watched[link]
+            if link.wants_news():  # also one that has come to want some just now
+                self._watched[link] = None
+                if link.is_old:
+                    link.ask()

@@ -127,13 +127,13 @@ class MemoryStore:
 
     def _cache(self, key: str, order: CacheOrder, now: float) -> CachedText | None:
         answers, place = self._answers, (key, order.name)
-        if order.doing == "recall":
+        if order.doing == "load":
             stored, text = answers.get(place, (-math.inf, b""))
             if now - stored >= order.kept or not text:
                 return None
             answers[place] = stored, text  # in use
             return CachedText(now - stored, text)
-        if order.doing == "keep":
+        if order.doing == "store":
             answers[place] = now, order.text
         elif order.doing == "forget":
             answers.pop(place, None)

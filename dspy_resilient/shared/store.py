@@ -258,13 +258,13 @@ class CacheOrder(NamedTuple):
     """What a client wants done with the answers that it shares.
 
     Attributes:
-        doing: "recall" an answer, "keep" one, "forget" one, or forget all.
+        doing: "load" an answer, "store" one, "forget" one, or forget all.
         name: Its name: a cache key; "" for all.
         text: The answer, to keep.
         kept: Seconds after which it is of no use; inf for never.
     """
 
-    doing: Literal["recall", "keep", "forget", "forget_all"]
+    doing: Literal["load", "store", "forget", "forget_all"]
     name: str = ""
     text: bytes = b""
     kept: float = math.inf

@@ -8,11 +8,13 @@ import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import wait
 from contextlib import suppress
 
 import pytest
 
 from dspy_resilient.shared import RedisStore
+from dspy_resilient.shared.answers import SharedAnswers
 from dspy_resilient.shared.link import Link
 
 redis = pytest.importorskip("redis")
@@ -132,10 +134,21 @@ def proxied():
         proxy.close()
 
 
+def _and_wait(store):
+    def waiting(self, answer):
+        found = store(self, answer)
+        if found is not None:
+            wait([found], 20)
+        return found
+
+    return waiting
+
+
 @pytest.fixture
 def patient(monkeypatch):
-    """Let calls wait for the store however busy this machine is: what is asked is what it says."""
+    """Let calls wait for the store however busy this machine is, and finished answers arrive there."""
     monkeypatch.setattr(Link, "patience", 20.0)
+    monkeypatch.setattr(SharedAnswers, "store", _and_wait(SharedAnswers.store))
     monkeypatch.setattr("dspy_resilient.shared.redis._SOCKET_SECONDS", 20.0)
 
 

@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import random
+import subprocess
+import sys
 import time
 import zlib
 
@@ -93,7 +95,7 @@ def test_what_lies_there_is_an_answer_that_expires(provider, make, client, valke
     ask(lm, "a private prompt")
     (key,) = entries(client)
     value = client.get(key)
-    assert json.loads(value[17:])["outputs"] == ["Paris"]
+    assert json.loads(value[TIME + DIGEST :])["outputs"] == ["Paris"]
     assert 0 < client.pttl(key) <= 86_400_000
     for secret in (b"dummy-key", b"private"):
         assert secret not in key + value
@@ -199,6 +201,7 @@ def test_a_client_that_decodes_what_it_reads_will_do(provider, make, valkey, pat
 
 
 NOW = b"1000000000.000000"
+TIME, DIGEST = len(NOW), 32
 BOMB = b"z" + base64.b64encode(zlib.compress(b"[" * 10**8))
 HOSTILE = {
     "empty": b"",
@@ -235,6 +238,93 @@ def test_rubbish_in_the_place_of_an_answer_is_a_miss(
     assert not [each for each in told if isinstance(each, StoreLost)]
 
 
+@pytest.mark.parametrize("change", ["one letter", "moved", "cut", "no digest"])
+@pytest.mark.parametrize("secret", ["", "a secret of the fleet"])
+def test_a_garbled_or_edited_answer_is_a_miss(
+    provider, make, client, valkey, patient, ask, monkeypatch, secret, change
+):
+    """Sound JSON that says something else than what was stored there is served to no caller."""
+    monkeypatch.setenv("DSPY_RESILIENT_SECRET", secret)
+    here, there = (make(shared=valkey.url, cache=SHARED, **NAMED) for _ in range(2))
+    ask(here, "q")
+    (key,) = entries(client)
+    value = client.get(key)
+    if change == "moved":
+        ask(here, "another question")
+        (other,) = set(entries(client)) - {key}
+        value = client.get(other)
+    elif change == "one letter":
+        value = value.replace(b'"Paris"', b'"Parid"')
+    else:
+        value = value[:-1] if change == "cut" else value[:TIME] + value[TIME + DIGEST :]
+    client.set(key, value)
+    count = provider.count
+    assert ask(there, "q") == ["Paris"]
+    assert provider.count == count + 1
+
+
+def test_an_answer_of_a_writer_without_the_secret_is_a_miss(
+    provider, make, valkey, patient, ask, monkeypatch
+):
+    """Whoever can write to the store writes no answers for those who have a secret."""
+    here, there, also = (make(shared=valkey.url, cache=SHARED, **NAMED) for _ in range(3))
+    ask(here, "q")
+    monkeypatch.setenv("DSPY_RESILIENT_SECRET", "a secret of the fleet")
+    assert ask(there, "q") == ["Paris"]
+    assert ask(also, "q") == ["Paris"]
+    assert provider.count == 2
+
+
+def test_a_distant_store_adds_nothing_to_a_call_but_looking_an_answer_up(
+    provider, make, mortal, proxied, ask
+):
+    """With 200 ms there and back: within a quarter of a second on a miss, nothing on a hit."""
+    proxy = proxied(mortal())
+    lm = make(shared=proxy.url, cache=SHARED, **NAMED)
+    alone = make(cache=CachePolicy(disk=None), name="alone", num_retries=0)
+    ask(lm, "first"), ask(alone, "first")
+    proxy.delay = 0.2
+    misses, hits, plain = [], [], []
+    for number in range(8):
+        for times, client, prompt in (
+            (misses, lm, f"{number}"),
+            (hits, lm, f"{number}"),
+            (plain, alone, f"{number}"),
+        ):
+            started = time.monotonic()
+            ask(client, prompt)
+            times.append(time.monotonic() - started)
+        time.sleep(0.1)
+    added = sorted(miss - base for miss, base in zip(misses, plain, strict=True))
+    assert added[len(added) // 2] < 0.25 + 0.1
+    assert sorted(hits)[len(hits) // 2] < 0.1
+    uncached = []
+    for number in range(8):
+        started = time.monotonic()
+        ask(lm, f"uncached {number}", cache=False)
+        uncached.append(time.monotonic() - started)
+        time.sleep(0.1)
+    extra = sorted(uncached)[4] - sorted(plain)[4]
+    assert extra < 0.1, "a call waits for the store"
+
+
+def test_what_was_stored_last_is_there_when_the_interpreter_has_ended(provider, valkey):
+    """A script of one call shares its answer, though no call waits for that."""
+    script = f"""
+from dspy_resilient import CachePolicy, ResilientLM
+lm = ResilientLM("openai/test", api_base={provider.api_base!r}, api_key="k", name="fast",
+                 shared={valkey.url!r}, cache=CachePolicy(shared=True, disk=None))
+print(lm("q"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "Paris" in done.stdout
+    client = valkey.client()
+    assert len(entries(client)) == 1
+    client.close()
+
+
 @pytest.mark.parametrize("kind", ["list", "hash"])
 def test_another_type_in_the_place_of_an_answer_is_a_miss(
     provider, make, client, valkey, patient, kind
@@ -268,11 +358,14 @@ def test_no_value_crashes_a_call(provider, make, client, valkey, patient):
     print("seed", seed)
     lm("q")
     (key,) = entries(client)
-    sound, pick = json.loads(client.get(key)[17:]), random.Random(seed)
+    sound, pick = json.loads(client.get(key)[TIME + DIGEST :]), random.Random(seed)
+    digest = lm._runtime.cache.others._digest
+    name = key.rpartition(b":")[2].decode()
     hostile = [mutated(pick, sound) for _ in range(int(os.environ.get("HOSTILE_VALUES", "100")))]
     for value in [*hostile, sound]:
         hits = lm.stats().hits
-        client.set(key, NOW + json.dumps(value).encode())
+        text = json.dumps(value).encode()
+        client.set(key, NOW + digest(name, text) + text)  # as another client would have stored it
         lm._runtime.cache.close()  # the memory only
         (output,) = lm("q")
         assert isinstance(output, (str, dict))
@@ -418,9 +511,9 @@ def test_the_script_does_as_the_store_in_memory_does(store):
     for _ in range(300):
         orders = []
         for _ in range(pick.randrange(6)):
-            doing = pick.choice(["recall"] * 4 + ["keep"] * 3 + ["forget", "forget_all"])
+            doing = pick.choice(["load"] * 4 + ["store"] * 3 + ["forget", "forget_all"])
             name = "" if doing == "forget_all" else pick.choice("abc")
-            body = pick.randbytes(5).hex().encode() if doing == "keep" else b""
+            body = pick.randbytes(5).hex().encode() if doing == "store" else b""
             kept = pick.choice([float("inf"), 100_000.0, 60.0])
             orders.append(CacheOrder(doing, name, body, kept))
         there, here = store.cache("{k}", orders), model.cache("{k}", orders)
@@ -433,10 +526,10 @@ def test_the_script_does_as_the_store_in_memory_does(store):
 def test_what_is_in_use_is_not_forgotten(store, client):
     """Each recall in the second half of its life gives an answer another day, up to its ttl."""
     day = 86_400_000
-    store.cache("{k}", [CacheOrder("keep", "a", b"x"), CacheOrder("keep", "b", b"x", 100.0)])
+    store.cache("{k}", [CacheOrder("store", "a", b"x"), CacheOrder("store", "b", b"x", 100.0)])
     assert (client.pttl("{k}:a") > day - 60_000, client.pttl("{k}:b") <= 100_000) == (True, True)
     client.pexpire("{k}:a", day // 3)
-    store.cache("{k}", [CacheOrder("recall", "a"), CacheOrder("recall", "b", kept=100.0)])
+    store.cache("{k}", [CacheOrder("load", "a"), CacheOrder("load", "b", kept=100.0)])
     assert client.pttl("{k}:a") > day - 60_000
     assert client.pttl("{k}:b") <= 100_000
-    assert store.cache("{k}", [CacheOrder("recall", "b", kept=0.0)]) == [None]
+    assert store.cache("{k}", [CacheOrder("load", "b", kept=0.0)]) == [None]

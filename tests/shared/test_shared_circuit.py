@@ -270,7 +270,8 @@ def test_an_address_without_a_password_is_saved_and_one_with_is_not(valkey):
         )
         assert "s3cr3t-pw" not in saved + shown
         assert b"s3cr3t-pw" not in pickled
-        assert pickle.loads(pickled)._runtime.shared_state is None
+        with pytest.warns(UserWarning, match="ResilientLM: it shares nothing"):
+            assert pickle.loads(pickled)._runtime.shared_state is None
 
 
 def test_a_users_own_client_is_used_and_left_open(provider, make, valkey, ask):
