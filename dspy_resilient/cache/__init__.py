@@ -1,6 +1,6 @@
 """What a client remembers: keys, answers, and identical calls under way."""
 
-from dspy_resilient.cache.answer import Answer, usable
+from dspy_resilient.cache.answer import Answer, broken_off, usable
 from dspy_resilient.cache.disk import DiskCache, disk_folder
 from dspy_resilient.cache.response_cache import CacheNumbers, ResponseCache
 from dspy_resilient.cache.single_flight import Failed, Flights, Landed, Lead, Waiter
@@ -15,6 +15,7 @@ __all__ = [
     "Lead",
     "ResponseCache",
     "Waiter",
+    "broken_off",
     "disk_folder",
     "usable",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -118,18 +119,38 @@ def usable(answer: Answer) -> str | None:
     return None if texts and all(_says_something(text) for text in texts) else "empty"
 
 
+def broken_off(response: Any) -> str | None:
+    """Return the provider's own word for why it did not finish `response`, or None if it did.
+
+    What the model itself made a mess of was finished. Of a stream, LiteLLM and DSPy's engines keep
+    no word of the provider's own.
+    """
+    responses = response if isinstance(response, (list, tuple)) else (response,)
+    signs = (sign.lower() for each in responses for sign in _signs(each))
+    return next((sign for sign in signs if sign in _SERVERS_TROUBLE), None)
+
+
+# What a provider says, in lower case, whose own trouble it was that an answer ended.
+_SERVERS_TROUBLE = frozenset(
+    {"abort", "engine_overloaded", "error", "failed", "insufficient_system_resource"}
+    | {"network_error", "timeout"}
+)
 _FLAWS = {
+    **dict.fromkeys(_SERVERS_TROUBLE, "error"),
     "length": "truncated",
     "max_tokens": "truncated",
     "max_output_tokens": "truncated",
+    "repetition_truncation": "truncated",
     "content_filter": "filtered",
     "guardrail_intervened": "filtered",
     "refusal": "filtered",
     "safety": "filtered",
-    "error": "error",
-    "failed": "error",
     "cancelled": "error",
     "malformed_function_call": "error",
+    "malformed_response": "error",
+    "missing_thought_signature": "error",
+    "too_many_tool_calls": "error",
+    "unexpected_tool_call": "error",
     "in_progress": "partial",
     "queued": "partial",
     "incomplete": "partial",
@@ -138,14 +159,29 @@ _FLAWS = {
 
 def _flaw(response: Any) -> str | None:
     """Say what a provider's response admits to be wrong with it, whatever its shape."""
-    signs = _choice_signs(response) or _single_signs(response)
-    return next((_FLAWS[str(sign)] for sign in signs if str(sign) in _FLAWS), None)
+    signs = map(str.lower, _signs(response))
+    return next((_FLAWS[sign] for sign in signs if sign in _FLAWS), None)
+
+
+def _signs(response: Any) -> Iterator[str]:
+    """Yield the words in which a provider says how its answer ended.
+
+    The provider's own come first: LiteLLM and DSPy's engines have one word, "stop", for many.
+    """
+    for each in (_field(response, "provider_data"), response):
+        if each is not None:
+            signs = _choice_signs(each) or _single_signs(each)
+            yield from (sign for sign in signs if isinstance(sign, str))
 
 
 def _choice_signs(response: Any) -> list[Any]:
     """Return the signs of a chat or text completion."""
-    signs = []
+    signs: list[Any] = []
     for choice in _items(response, "choices"):
+        own = _field(choice, "provider_specific_fields")
+        signs.append(_field(own, "native_finish_reason"))
+        if _field(own, "error") or _field(choice, "error"):
+            signs.append("error")
         signs.append(_field(choice, "finish_reason"))
         if _field(_field(choice, "message"), "refusal"):
             signs.append("refusal")
@@ -159,6 +195,8 @@ def _single_signs(response: Any) -> list[Any]:
     if status == "incomplete":
         signs.append(_field(_field(response, "incomplete_details"), "reason"))
     signs.append(status)
+    if _field(response, "done") is False:  # Ollama's
+        signs.append("incomplete")
     for item in (*_items(response, "output"), *_parts(response)):
         kinds = [_field(item, "type"), *(_field(part, "type") for part in _items(item, "content"))]
         signs.append("refusal" if "refusal" in kinds else None)

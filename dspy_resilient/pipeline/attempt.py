@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from dspy_resilient import providers
-from dspy_resilient.cache import Answer
+from dspy_resilient.cache import Answer, broken_off
 from dspy_resilient.errors import DeadlineExceededError
 from dspy_resilient.outcomes import Kind, Outcome, classify
 from dspy_resilient.outcomes.causes import may_be_billed
@@ -313,6 +313,10 @@ class Attempt:
             )
         if self._stream is not None and (flaw := self._stream.flaw):
             raise dspy.LMStreamAssemblyError(flaw, model=self.target.lm.model)
+        if reason := broken_off(self.record.get("response", outputs)):
+            raise dspy.LMServerError(
+                f"the provider did not finish its answer: {reason}", model=self.target.lm.model
+            )
         return Answer.of(outputs, self._record, target=self.route.label, stored_at=self._clock())
 
     def succeed(self) -> None:

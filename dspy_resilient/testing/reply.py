@@ -30,12 +30,16 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Reply:
-    """One choice: text, thoughts and tool calls, and why the model stopped."""
+    """One choice: text, thoughts and tool calls, and why the model stopped.
+
+    `finish` may also be a provider's own word, as "network_error" or "MALFORMED_RESPONSE", or, of an
+    answer in OpenAI's Responses format, "failed" or "cancelled".
+    """
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    finish: Finish = "stop"
+    finish: Finish | str = "stop"
 
     @classmethod
     def of(cls, said: object) -> Reply:

@@ -58,7 +58,7 @@ def _parts(reply: Reply, text: str) -> list[dict[str, Any]]:
 
 
 def _finish(reply: Reply) -> str:
-    return _REASONS.get(reply.finish, "STOP")
+    return _REASONS.get(reply.finish, reply.finish if reply.finish.isupper() else "STOP")
 
 
 def _whole(turn: Turn) -> dict[str, Any]:

@@ -188,7 +188,14 @@ def _items(turn: Turn, reply: Reply) -> list[dict[str, Any]]:
 
 
 def _status(reply: Reply) -> str:
+    if reply.finish in {"failed", "cancelled"}:
+        return reply.finish
     return "incomplete" if reply.finish in {"length", "content_filter"} else "completed"
+
+
+def _trouble(reply: Reply | None) -> dict[str, str] | None:
+    is_failed = reply is not None and reply.finish == "failed"
+    return {"code": "server_error", "message": "The model failed."} if is_failed else None
 
 
 def _responses(turn: Turn) -> dict[str, Any]:
@@ -202,7 +209,7 @@ def _responses(turn: Turn) -> dict[str, Any]:
         "created_at": CREATED,
         "model": turn.model,
         "status": _status(reply) if reply else "completed",
-        "error": None,
+        "error": _trouble(reply),
         "incomplete_details": {"reason": reason} if incomplete else None,
         "instructions": turn.body.get("instructions"),
         "metadata": turn.body.get("metadata") or {},
