@@ -123,3 +123,21 @@ def circuit_states(found: Iterable[ClientState]) -> dict[tuple[str, str], Circui
             if states.get((runtime.name, target), "closed") == "closed":
                 states[runtime.name, target] = circuit.state
     return states
+
+
+def in_flight(found: Iterable[ClientState]) -> dict[str, int]:
+    """Return how many calls are under way, those that wait included, by client."""
+    counts: dict[str, int] = {}
+    for runtime in found:
+        counts[runtime.name] = counts.get(runtime.name, 0) + len(runtime.in_flight)
+    return counts
+
+
+def pauses(found: Iterable[ClientState]) -> dict[tuple[str, str], float]:
+    """Return for how long each throttle gate is still closed, by client and target; 0 if open."""
+    waits: dict[tuple[str, str], float] = {}
+    for runtime in found:
+        for route in runtime.all_routes():
+            name = (runtime.name, route.label)
+            waits[name] = max(waits.get(name, 0.0), route.gate.wait_time())
+    return waits

@@ -18,6 +18,8 @@ begin with `dspy_resilient_`:
     reasoning_tokens_total, dollars_spent_total, unpriced_total, unanswered_total  client, target
     tokens_saved_total, dollars_saved_total                                        client
     answer_seconds (histogram)                                                     client
+    in_flight (calls under way, those that wait included)                          client
+    throttled_seconds (for how long the throttle gate is still closed)             client, target
     circuit_state (1 for the state it is in, 0 for the others)                     client, target, state
 """
 
@@ -34,7 +36,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from dspy_resilient.observe.metrics import COUNTERS, circuit_states, runtimes, totals
+from dspy_resilient.observe.metrics import COUNTERS, circuit_states, in_flight, pauses, runtimes, totals
 
 if TYPE_CHECKING:
     from dspy_resilient.lm import ResilientLM
@@ -67,6 +69,8 @@ class ClientCollector(Collector):
         yield from _counters(numbers)
         yield _latency(numbers)
         yield _circuits(found)
+        yield _in_flight(found)
+        yield _gates(found)
 
 
 def _counters(numbers: dict[str, Stats]) -> Iterator[Metric]:
@@ -98,4 +102,21 @@ def _circuits(found: list[ClientState]) -> Metric:
     for (name, target), current in circuit_states(found).items():
         for state in type(current):
             family.add_metric([name, target, str(state)], float(state == current))
+    return family
+
+
+def _in_flight(found: list[ClientState]) -> Metric:
+    meaning = "Calls under way, those that wait included."
+    family = GaugeMetricFamily("dspy_resilient_in_flight", meaning, labels=["client"])
+    for name, count in in_flight(found).items():
+        family.add_metric([name], float(count))
+    return family
+
+
+def _gates(found: list[ClientState]) -> Metric:
+    meaning = "Seconds for which the throttle gate is still closed."
+    labels = ["client", "target"]
+    family = GaugeMetricFamily("dspy_resilient_throttled_seconds", meaning, labels=labels)
+    for (name, target), seconds in pauses(found).items():
+        family.add_metric([name, target], seconds)
     return family

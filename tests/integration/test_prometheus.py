@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from urllib.request import urlopen
 
 import dspy
@@ -13,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dspy_resilient import CircuitOpenError, Clients, RetryPolicy
 from dspy_resilient.observe.prometheus import ClientCollector
-from dspy_resilient.testing import Status, Truncated, rate_limited
+from dspy_resilient.testing import Hold, Status, Truncated, rate_limited
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def scrape():
 
 def test_a_scrape_shows_what_happened(scrape, make, provider, ask):
     """Calls, hits, failures by kind, refusals by reason, savings and answer times."""
-    lm = make(name="fast", retry=RetryPolicy(base=0.0), max_wait=0)
+    lm = make(name="fast", retry=RetryPolicy(base=0.0), max_wait=5)
     provider.script(None, Status(500), rate_limited("0.1"), None, Truncated())
     for prompt in ("a", "a", "b", "c"):
         ask(lm, prompt)
@@ -63,6 +64,28 @@ def test_a_scrape_shows_what_happened(scrape, make, provider, ask):
         assert found[(f"dspy_resilient_{name}", *sorted(("fast", *labels)))] == value, name
     assert found["dspy_resilient_tokens_saved_total", "fast"] > 0
     assert found["dspy_resilient_answer_seconds_sum", "fast"] == lm.stats().latency.total
+
+
+def test_what_is_going_on_is_a_gauge(scrape, make, provider):
+    """Calls under way, and how long a throttle gate stays closed."""
+    lm = make(name="fast", max_wait=0)
+    hold = Hold()
+    provider.script(hold)
+    caller = threading.Thread(target=lm, args=("a",))
+    caller.start()
+    provider.wait_for(1)
+    found = scrape(lm)
+    assert found["dspy_resilient_in_flight", "fast"] == 1
+    (target,) = lm.circuits
+    assert found[("dspy_resilient_throttled_seconds", *sorted(("fast", target)))] == 0
+    hold.release()
+    caller.join(20)
+    provider.script(rate_limited(30))
+    with pytest.raises(dspy.LMRateLimitError):
+        lm("b", num_retries=0)
+    found = scrape()
+    assert found["dspy_resilient_in_flight", "fast"] == 0
+    assert 0 < found[("dspy_resilient_throttled_seconds", *sorted(("fast", target)))] <= 30
 
 
 def test_buckets_add_up(scrape, make):
