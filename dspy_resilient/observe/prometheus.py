@@ -36,7 +36,14 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from dspy_resilient.observe.metrics import COUNTERS, circuit_states, in_flight, pauses, runtimes, totals
+from dspy_resilient.observe.metrics import (
+    COUNTERS,
+    circuit_states,
+    in_flight,
+    pauses,
+    runtimes,
+    totals,
+)
 
 if TYPE_CHECKING:
     from dspy_resilient.lm import ResilientLM
