@@ -82,5 +82,7 @@ def test_prometheus_takes_the_rules_and_every_expression(tmp_path):
     ]
     file = tmp_path / "queries.yml"
     file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": queries}]}))
-    done = subprocess.run(["promtool", "check", "rules", file], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        ["promtool", "check", "rules", file], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
