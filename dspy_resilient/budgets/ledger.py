@@ -105,6 +105,7 @@ class Ledger:
         """Begin anew in a forked child: nothing is under way there; what was spent stays spent."""
         self._lock = threading.RLock()
         self._reserved = Amount()
+        self._open = 0
         self._waiting: list[Future[None]] = []
 
     @property
@@ -151,7 +152,9 @@ class Ledger:
             self._begin_period()
             if hold.is_open:
                 hold.is_open = False
-                self._reserved = self._reserved.minus(hold.amount)
+                self._open = max(0, self._open - 1)
+                rest = self._reserved.minus(hold.amount)
+                self._reserved = rest if self._open else Amount()  # no rounding error stays
             self._charge(real.minus(hold.charged))
             hold.charged = real
             waiting = self._stop_waiting()
@@ -161,6 +164,7 @@ class Ledger:
     def _hold(self, amount: Amount) -> Hold:
         """Take `amount` out of what is left; requires the lock."""
         self._reserved = self._reserved.plus(amount)
+        self._open += 1
         return Hold(self, amount)
 
     def _charge(self, amount: Amount) -> None:
