@@ -24,7 +24,9 @@ BIN = Path(sys.executable).parent
 
 def code_of(page):
     """Return the Python blocks of a page as one program."""
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+    return "\n".join(
+        re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    )
 
 
 def run(what, *command, expect):
