@@ -2,7 +2,7 @@
 
 This module keeps a circuit safe for threads and event loops. What opens and closes it is decided in
 `machine.py`; wrapping functions and blocks, and the arguments of the `circuitbreaker` package, are
-in `compat.py`; what a call's end says about the provider is in `outcome.py`.
+in `circuitbreaker_api.py`; what a call's end says about the provider is in `outcomes`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random as random_numbers
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient._support.redact import describe
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from dspy_resilient.events import Listener
 
-_NO_GENERATION = -1
+NO_GENERATION, _EARLIER = -1, -2
 _CLOSED = CircuitState.CLOSED
 _SUCCESS, _FAILURE = Outcome.SUCCESS, Outcome.FAILURE
 
@@ -38,15 +38,16 @@ _SUCCESS, _FAILURE = Outcome.SUCCESS, Outcome.FAILURE
 class CircuitBreaker(WaitQueue, Wrapping):
     """A circuit: it refuses calls to a provider that keeps failing, and lets probes find out when.
 
-    Each call asks for a permit and reports through it. Closed, the circuit opens on
-    `failure_threshold` failures in a row, or when too many of the last calls failed or were slow.
-    Open, it refuses for a time that grows with each opening in a row; one opening is forgiven
-    per `recovery_time` spent closed. Then it is half-open: `probes` calls at a time may try, one
-    failure (or one slow call, where `slow_call` is set) reopens it, `successes_to_close` close it.
+    Each call asks for a permit and reports through it. Closed, the circuit opens on a run of
+    failures that chance does not explain (see `CircuitPolicy`). Open, it lets one probe through per
+    growing interval, whatever has become of the one before, and refuses the rest. The first success
+    of any attempt that began after the trouble did closes it; those who wait are then let go spread
+    over half of `recovery_time`. It cannot stay stuck: no probe waits for another.
 
     Safe to share between threads, tasks and event loops; no method blocks, and none runs a
-    listener while it holds the lock. The circuit changes when somebody asks or reports: it has no
-    thread and no timer. In a forked child it keeps its state but knows of no call under way.
+    listener while it holds the lock. The circuit changes when a caller asks or reports: it has no
+    thread and no timer. In a forked child it keeps its state but knows of no call under way. A copy
+    of it is the same circuit; it cannot be pickled.
 
     Built with a `CircuitPolicy` it is this package's circuit; built in any other way it takes the
     arguments of `circuitbreaker.CircuitBreaker` and behaves like it, see `Wrapping`.
@@ -60,13 +61,14 @@ class CircuitBreaker(WaitQueue, Wrapping):
         None
 
     Args:
-        policy: When it opens, how long for, and what closes it.
+        policy: When it opens, how often it is probed, and what else counts.
         recovery_timeout: Of the package's form.
         expected_exception: Exceptions that count as failures in wrapped code: a class, several,
             or a predicate of (class, exception). None (default): every `Exception`.
         name: Shown in errors and events, and made unique in `CircuitBreakerMonitor`.
         fallback_function: Called by a decorated function in place of a refused call.
         failure_threshold: Of the package's form.
+        longest_hint: Most seconds for which a provider's Retry-After holds back the next probe.
         clock: Monotonic seconds.
         random: Numbers from 0 to below 1, for the jitter.
         listener: Called with each `CircuitOpened`, `CircuitHalfOpened` and `CircuitClosed`.
@@ -87,6 +89,7 @@ class CircuitBreaker(WaitQueue, Wrapping):
         fallback_function: Callable[..., Any] | None = None,
         *,
         failure_threshold: int | None = None,
+        longest_hint: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[], float] = random_numbers.random,
         listener: Listener | None = None,
@@ -100,6 +103,7 @@ class CircuitBreaker(WaitQueue, Wrapping):
             raise TypeError(
                 "CircuitBreaker: failure_threshold and recovery_timeout are fields of the policy"
             )
+        number("CircuitBreaker", "longest_hint", longest_hint)
         super().__init__(expected_exception=expected_exception, fallback_function=fallback_function)
         self.policy = policy
         self.client = client
@@ -110,7 +114,7 @@ class CircuitBreaker(WaitQueue, Wrapping):
             clock(),
             random,
             self._notifier,
-            self._leases,
+            longest_hint=longest_hint,
             client=client,
             target=name if target is None else target,
         )
@@ -121,17 +125,11 @@ class CircuitBreaker(WaitQueue, Wrapping):
 
     # Asking and reporting
 
-    def try_admit(self, lease: float = 0.0, *, early: bool = False) -> Permit | None:
+    def try_admit(self) -> Permit | None:
         """Return leave to make one call, or None if it is refused; cheap either way.
 
         With `mode="observe"` nothing is refused; the result of a call that would have been
         counts nowhere.
-
-        Args:
-            lease: Seconds the call may take (the client's timeout): a probe that has not reported
-                after that, or after `probe_lease` if that is longer, gives up its place.
-            early: Whether the call may be the probe before the time, if the circuit has been open
-                for `recovery_time`. (Nobody else is left to ask; the growing time is a courtesy.)
         """
         machine = self._machine
         generation = machine.generation  # without the lock: read first, so that it is never ahead
@@ -141,14 +139,13 @@ class CircuitBreaker(WaitQueue, Wrapping):
             now = self._clock()
             if machine.passes:
                 return Permit(self, machine.generation, now)
-            if machine.lets_probe(now, early=early):
-                permit = Permit(self, machine.generation, now, probe=True)
-                self._leases.take(permit, now + max(self.policy.probe_lease, lease))
+            if machine.lets_probe(now):
+                permit = machine.probe = Permit(self, machine.generation, now, probe=True)
             else:
                 self._rejected += 1
                 if self.policy.mode != "observe":
                     return None
-                permit = Permit(self, _NO_GENERATION, now)
+                permit = Permit(self, NO_GENERATION, now)
         try:
             self._notifier.send()
         except BaseException:  # Ctrl-C, while a listener ran
@@ -163,11 +160,21 @@ class CircuitBreaker(WaitQueue, Wrapping):
             raise self.rejection()
         return permit
 
+    def overhear(self, seconds: float) -> Permit:
+        """Return a permit to report how another party's call to the provider has gone.
+
+        Args:
+            seconds: How long that took.
+        """
+        with self._lock:
+            machine, began = self._machine, self._clock() - seconds
+            return Permit(self, machine.generation if began >= machine.since else _EARLIER, began)
+
     def rejection(self) -> CircuitOpenError:
         """Return a fresh error that says why, and until when, calls are refused now.
 
-        Its `retry_after` is exact while the circuit is open, and None while nobody can tell: all
-        probes are under way, or it was forced open without end.
+        Its `retry_after` is exact: the seconds until the next probe may go. It is None where the
+        circuit was forced open without end.
         """
         with self._lock:
             machine, now = self._machine, self._clock()
@@ -177,8 +184,6 @@ class CircuitBreaker(WaitQueue, Wrapping):
         because = f" ({printable(reason)})" if reason else ""
         if math.isfinite(wait):
             advice = f"try again in {wait:.1f} s"
-        elif state is CircuitState.HALF_OPEN:
-            advice = "its probes are under way; try again soon"
         else:
             advice = "it stays so until auto() or reset()"
         return CircuitOpenError(
@@ -205,20 +210,33 @@ class CircuitBreaker(WaitQueue, Wrapping):
             if permit.reported:
                 return
             permit.reported = True
-            if permit.generation != machine.generation:
-                return
-            if outcome is _SUCCESS:
+            generation, began = permit.generation, permit.started_at
+            if outcome is _SUCCESS and generation != NO_GENERATION:
                 now = self._clock()
-                machine.succeed(now, now - permit.started_at)
-            elif outcome is _FAILURE:
-                machine.fail(self._clock(), reason, text, retry_after)
-            if permit.probe:
-                machine.free(permit)
+                machine.succeed(now, began, slow=self._is_slow(now - began))
+            elif outcome is _FAILURE and generation == machine.generation:
+                machine.fail(self._clock(), began, reason, text, retry_after)
         if self._notifier.pending:
             self._notifier.send()
 
+    def _is_slow(self, seconds: float) -> bool:
+        limit = self.policy.slow_call
+        return limit is not None and seconds >= limit
+
     def _wait(self, now: float) -> float:
         return 0.0 if self.policy.mode == "observe" else self._machine.wait(now)
+
+    # Listening
+
+    def add_listener(self, listener: Listener) -> None:
+        """Have `listener` called with each change from now on; a method's object is held weakly."""
+        with self._lock:
+            self._notifier.add(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Have `listener` called no more; one that never was is ignored."""
+        with self._lock:
+            self._notifier.remove(listener)
 
     # Control by hand
 
@@ -229,10 +247,10 @@ class CircuitBreaker(WaitQueue, Wrapping):
         error: BaseException | str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        """Open as a failure would: for a growing time, after which probes may close it.
+        """Open as a failure would: probes go, and may close it; what began before closes nothing.
 
-        An open circuit stays as it is, but for a `retry_after` (seconds, at most
-        `max_recovery_time`) that is longer than what remains. A forced one does not change.
+        An open circuit stays as it is, but for a `retry_after` (seconds, at most `longest_hint`)
+        that is longer than what remains. A forced one does not change.
         """
         text = None if error is None else describe(error)
         with self._lock:
@@ -241,7 +259,7 @@ class CircuitBreaker(WaitQueue, Wrapping):
             if state is CircuitState.OPEN:
                 machine.extend(now, retry_after)
             elif state is _CLOSED or state is CircuitState.HALF_OPEN:
-                machine.open(now, reason, text, retry_after)
+                machine.open(now, reason, text, retry_after, began=now)
         self._notifier.send()
 
     def force_open(self, reason: str = "manual", seconds: float | None = None) -> None:
@@ -254,7 +272,7 @@ class CircuitBreaker(WaitQueue, Wrapping):
         self._notifier.send()
 
     def force_half_open(self) -> None:
-        """Let probes through now; they decide."""
+        """Let a probe through now; it decides."""
         with self._lock:
             self._machine.become_half_open(self._clock())
         self._notifier.send()
@@ -276,7 +294,7 @@ class CircuitBreaker(WaitQueue, Wrapping):
         self._notifier.send()
 
     def reset(self) -> None:
-        """Close, end what was forced, and forget every failure and opening."""
+        """Close, end what was forced, and forget every failure."""
         with self._lock:
             self._machine.forget(self._clock())
         self._notifier.send()
@@ -313,27 +331,19 @@ class CircuitBreaker(WaitQueue, Wrapping):
 
     @property
     def open_remaining(self) -> float:
-        """Seconds it still refuses every call: exact, 0.0 unless open, inf if without end."""
+        """Seconds until the next probe may go: exact, 0.0 unless open, inf if without end."""
         with self._lock:
-            machine, now = self._machine, self._clock()
-            return max(0.0, machine.open_until - now) if machine.refuses else 0.0
-
-    @property
-    def early_wait(self) -> float:
-        """Seconds until `try_admit(early=True)` may help: inf unless open, and not by hand."""
-        with self._lock:
-            return self._machine.early_wait(self._clock())
+            return self._machine.wait(self._clock())
 
     @property
     def failure_count(self) -> int:
-        """Failures since the last success."""
+        """Failures in a row: since the last success, or those that opened it."""
         return self._machine.failures
 
     @property
-    def opening(self) -> int:
-        """Openings in a row, on which the open time depends, less those forgiven since."""
-        with self._lock:
-            return self._machine.held(self._clock())
+    def answered_at(self) -> float:
+        """The clock's reading when the youngest attempt that was answered began; -inf for none."""
+        return self._machine.answered_at
 
     @property
     def rejected(self) -> int:
@@ -344,6 +354,21 @@ class CircuitBreaker(WaitQueue, Wrapping):
         """Return, for a person, what state it is in, since when, why, and until when."""
         with self._lock:
             return _condition(self._machine, self._clock())
+
+    def __copy__(self) -> Self:
+        """Return this very circuit: it guards the same provider for whoever uses a copy."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return this very circuit, like `__copy__`."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled."""
+        raise TypeError(
+            "CircuitBreaker: cannot be pickled, for it knows of the calls of one process; pickle "
+            "its `policy`, or share state between processes with ResilientLM(shared=...)"
+        )
 
     def __repr__(self) -> str:
         """Show name and state."""
@@ -364,7 +389,7 @@ def _condition(machine: Machine, now: float) -> str:
     if machine.reason and state != CircuitState.FORCED_CLOSED:
         says += f" ({machine.reason})"
     if state == CircuitState.HALF_OPEN:
-        says += ", until probes have been answered"
+        says += ", until a probe is answered"
     elif 0 < wait < math.inf:
         says += f", for {duration(wait)} more"
     else:

@@ -6,7 +6,6 @@ through them; the state is kept by `breaker.py`.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from abc import abstractmethod
 from concurrent.futures import CancelledError
@@ -48,12 +47,10 @@ def package_policy(owner: Any, failure_threshold: Any, recovery_timeout: Any) ->
     number("CircuitBreaker", "recovery_timeout", recovery_timeout, above=True)
     return CircuitPolicy(
         failure_threshold=failure_threshold,
-        min_calls=sys.maxsize,
+        surprise=1.0,
         recovery_time=recovery_timeout,
-        max_recovery_time=recovery_timeout,
         backoff=1.0,
         jitter=0.0,
-        successes_to_close=1,
     )
 
 

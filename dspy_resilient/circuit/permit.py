@@ -18,8 +18,9 @@ class Permit:
     """Leave to make one call. The first report counts, on whatever thread; later ones do nothing.
 
     A report of an earlier generation (the circuit has opened, closed or been switched by hand
-    since) changes nothing either. A `with` block that ends without a report is neutral. A permit
-    that is dropped without one is no harm: a probe's place is freed when its lease is over.
+    since) changes nothing either, but for a success of an attempt that began after the trouble did:
+    that is news, and closes an open circuit. A `with` block that ends without a report is neutral.
+    A permit that is dropped without one is no harm: the next probe does not wait for it.
 
     Example:
         >>> from dspy_resilient.circuit import CircuitBreaker
@@ -34,7 +35,7 @@ class Permit:
         circuit: The circuit that gave it.
         generation: The circuit's generation at the time.
         started_at: The clock's reading at the time.
-        probe: Whether the call holds a place of a half-open circuit.
+        probe: Whether the call is a probe of an open circuit.
         reported: Whether the report is in.
     """
 
@@ -65,13 +66,13 @@ class Permit:
         Args:
             error: What went wrong; only a redacted text of it is kept.
             retry_after: Seconds the provider asked to be left alone; if this failure opens the
-                circuit, it stays open for at least so long (at most `max_recovery_time`).
+                circuit, or is a probe's, the next probe goes no sooner than that.
             reason: Why the circuit is open if this failure opens it; "billing" does so at once.
         """
         self.circuit.record(self, _FAILURE, error, retry_after=retry_after, reason=reason)
 
     def neutral(self) -> None:
-        """Report that the call says nothing about the provider; gives a probe's place back."""
+        """Report that the call says nothing about the provider."""
         self.circuit.record(self, _NEUTRAL)
 
     def __enter__(self) -> Self:

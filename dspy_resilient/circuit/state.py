@@ -8,8 +8,8 @@ from enum import StrEnum
 class CircuitState(StrEnum):
     """What a circuit does with the next call.
 
-    CLOSED lets it through and watches. OPEN refuses it until its time is over. HALF_OPEN lets a
-    few through as probes. The forced states do the same whatever happens, until somebody calls
+    CLOSED lets it through and watches. OPEN refuses it until the next probe may go. HALF_OPEN: a
+    probe may go, or is under way; one goes at a time. The forced states do the same whatever happens, until somebody calls
     `auto()` or `reset()` (or the time given to `force_open` is over).
     """
 

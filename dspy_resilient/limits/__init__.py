@@ -1,14 +1,13 @@
-"""What one target is sent at a time and per minute, and how many retries a bad day may cost.
+"""What one target is sent at a time and per minute.
 
 `Limiter` hands out places (`Slot`) in strict arrival order, to threads and event loops alike. It
 composes `bulkhead` (attempts under way, fixed or adaptive) with `rate` (requests and tokens per
-minute). `RetryBudget` is on its own. Nothing here waits, sleeps, logs, or knows what is sent.
+minute). Nothing here waits, sleeps, logs, or knows what is sent.
 """
 
-from dspy_resilient.limits.budget import RetryBudget
 from dspy_resilient.limits.limiter import Limiter
 from dspy_resilient.limits.rate import Rates
 from dspy_resilient.limits.slot import Slot
 from dspy_resilient.limits.throttle_gate import GatePermit, ThrottleGate
 
-__all__ = ["GatePermit", "Limiter", "Rates", "RetryBudget", "Slot", "ThrottleGate"]
+__all__ = ["GatePermit", "Limiter", "Rates", "Slot", "ThrottleGate"]

@@ -89,7 +89,7 @@ class ResilientLM(ClosedAtEnd, Copyable):
             back, in the same forms. If none does better, error or answer stay as they were.
         deadline: Seconds for the whole call, waits and retries included. Default None: no limit.
         on_event: Called with every event (see `events`), in order; its errors are logged once.
-        shared: Where clients of the same name share their circuits and retry budgets, with the same
+        shared: Where clients of the same name share their circuits, with the same
             `api_key` the pause after a 429 and the `rpm` and `tpm` of their limits, and with
             `CachePolicy(shared=True)` their answers: the address of a Redis or Valkey server
             ("redis://", "rediss://" or "valkey://", `?namespace=` keeps environments apart), a

@@ -54,8 +54,7 @@ def clear_the_way(call: Call, client: ClientState, turn: Turn, route: Route) -> 
         try:
             funds = yield from _fund(call, client, target)
             if gate_permit.is_current:
-                admission = yield from _admit(call, client, turn, route)
-                turn.early = False
+                admission = yield from _admit(call, client, route)
                 if admission is not None and gate_permit.is_current:
                     return client.attempt(target, call, route, admission, gate_permit, slot, funds)
         except BaseException as error:
@@ -76,20 +75,19 @@ def _fund(call: Call, client: ClientState, target: Target) -> Steps[Funds | None
     return found
 
 
-def _admit(call: Call, client: ClientState, turn: Turn, route: Route) -> Steps[Admission | None]:
+def _admit(call: Call, client: ClientState, route: Route) -> Steps[Admission | None]:
     """Ask the circuit; a shared one may have to ask the store first, for no other is waited."""
-    lease, early = turn.target.timeout(call) or 0.0, turn.early
     for link in route.links:
         link.question()
     if route.shared is None:
-        return route.admit(lease, early=early)
-    with route.shared.consulting(lease, early=early) as news:
+        return route.admit()
+    with route.shared.consulting() as news:
         if news is not None:
             patience = min(route.shared.patience_left(), call.left(client.clock()))
             if not (yield Wait(news, patience)):
                 check_deadline(call, client)
                 route.shared.go_alone()
-        return route.admit(lease, early=early)
+        return route.admit()
 
 
 def _pass_gate(call: Call, client: ClientState, route: Route) -> Steps[GatePermit]:
@@ -222,11 +220,12 @@ def _line_up(
         if wait > client.long_wait and not waiter.done() and queue.is_news(client.clock() + wait):
             reason = "circuit" if isinstance(queue, CircuitBreaker) else "throttled"
             client.announce_wait(reason, target, wait)
-        yield Wait(waiter, wait)
+        if seconds := (yield Wait(waiter, wait)):  # those who wait do not go all at once
+            yield Wait(None, min(seconds, most))
 
 
 @contextmanager
-def _enlisted(queue: CircuitBreaker | ThrottleGate) -> Iterator[Future[None]]:
+def _enlisted(queue: CircuitBreaker | ThrottleGate) -> Iterator[Future[float]]:
     waiter = queue.enlist()
     try:
         yield waiter

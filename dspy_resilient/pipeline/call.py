@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dspy_resilient.cache import Failed, Landed, Waiter, usable
-from dspy_resilient.errors import BrokenStateError, CallRejectedError, RestartLimitError
+from dspy_resilient.errors import BrokenStateError, RestartLimitError
 from dspy_resilient.events import AttemptFailed, CacheHit, FellBack, FlightJoined
 from dspy_resilient.outcomes import Kind, redacted
 from dspy_resilient.pipeline.admission import clear_the_way, deadline_passed, outwait
@@ -186,9 +186,8 @@ def _ask_targets(
     turns = [Turn(target) for target in targets]
     error = before[-1] if before else None
     kept_for = None if error is None else special_kind(error)
-    asked = turns
     while True:
-        for turn in asked:
+        for turn in turns:
             if turn.final:
                 continue
             if error is not None and (before or turn is not turns[0]):
@@ -205,10 +204,6 @@ def _ask_targets(
                     raise
                 turn.error = error = failure
                 turn.final = not is_our_circuits(failure)
-        if (early := _early_probe(call, client, turns)) is not None:
-            asked = [early]
-            continue
-        asked = turns
         blocked = [turn.target.route(call) for turn in turns if not turn.final]
         if not blocked or not (yield from outwait(call, client, blocked)):
             raise nobody_answered(client, turns)
@@ -222,17 +217,6 @@ def _is_over(call: Call, client: ClientState) -> bool:
 def _announce_fallback(client: ClientState, turn: Turn, before: Exception) -> None:
     client.tally.add("fallbacks")
     client.emit(FellBack, turn.target.label, error=type(before).__name__)
-
-
-def _early_probe(call: Call, client: ClientState, turns: list[Turn]) -> Turn | None:
-    """Return whom to ask although nobody is to be asked: now and then, the first to reopen."""
-    refused = all(isinstance(turn.error, CallRejectedError) for turn in turns)
-    blocked = [turn for turn in turns if not turn.final]
-    if len(turns) == 1 or not refused or not blocked:
-        return None
-    soonest = min(blocked, key=lambda turn: turn.target.route(call).wait_time())
-    soonest.early = client.early_probes.take(soonest.target.route(call).blocker())
-    return soonest if soonest.early else None
 
 
 def _ask(call: Call, client: ClientState, turn: Turn, lead: Lead | None) -> Steps[Served]:
@@ -253,7 +237,6 @@ def _ask(call: Call, client: ClientState, turn: Turn, lead: Lead | None) -> Step
                 raise
             failure = error
         else:
-            route.budget.refund(retried=turn.retried)
             return _take(call, client, attempt, answer)
         _note_failure(call, client, attempt, verdict, failure)
         if lead is not None and (landed := lead.landed) is not None:

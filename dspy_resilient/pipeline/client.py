@@ -18,10 +18,10 @@ from dspy_resilient import providers
 from dspy_resilient._support.worker import Worker
 from dspy_resilient.budgets import Ledger, Meter, unlimited_but
 from dspy_resilient.cache import Flights, ResponseCache, usable
-from dspy_resilient.circuit import CircuitBreaker, EarlyProbes
+from dspy_resilient.circuit import CircuitBreaker
 from dspy_resilient.errors import ClientClosedError
 from dspy_resilient.events import ClientRestarted, Event, Hub, WaitStarted, logger, printable
-from dspy_resilient.limits import Limiter, RetryBudget, ThrottleGate
+from dspy_resilient.limits import Limiter, ThrottleGate
 from dspy_resilient.pipeline.attempt import Attempt
 from dspy_resilient.pipeline.in_flight import InFlight
 from dspy_resilient.stats import LastMinute, Stats, Tally
@@ -85,7 +85,6 @@ class ClientState:
         self.lost: set[str] = set()
         self.hub = Hub(options.on_event)
         self.trace(None)
-        self.early_probes = EarlyProbes(clock)
         self.tally = Tally()
         self._meters: dict[str, Meter] = {}
         self._made_at = clock()
@@ -100,6 +99,8 @@ class ClientState:
         self.cache = self._new_cache(folder)
         shared = options.circuit if isinstance(options.circuit, CircuitBreaker) else None
         self.circuit_policy = shared.policy if shared is not None else options.circuit
+        if shared is not None:
+            shared.add_listener(self.hear_circuit)
         self.routes = Routes(self, shared)
         self.fallback_routes = Routes(self)
 
@@ -158,6 +159,10 @@ class ClientState:
             return CircuitBreaker(policy, **facts)
         return self.shared_state.circuit(endpoint, policy, **facts)
 
+    def hear_circuit(self, event: Event) -> None:
+        """Tell of a change of the circuit that the user gave to this client, among others."""
+        self.hub(dataclasses.replace(event, client=self.name))
+
     def new_gate(self, label: str, place: Place) -> ThrottleGate:
         """Return an open throttle gate for one credential at `place`, shared where anything is."""
         facts: dict[str, Any] = {
@@ -170,15 +175,6 @@ class ClientState:
         if self.shared_state is None:
             return ThrottleGate(**facts)
         return self.shared_state.gate(place.endpoint, place.credential or "", **facts)
-
-    def new_budget(self, endpoint: Endpoint) -> RetryBudget:
-        """Return a full retry budget for `endpoint`, shared where anything is."""
-        tokens = self.retry.budget
-        return (
-            RetryBudget(tokens)
-            if self.shared_state is None
-            else self.shared_state.budget(endpoint, tokens)
-        )
 
     def attempt(
         self,
@@ -238,9 +234,8 @@ class ClientState:
                 self.hub(event)
 
     def backoff(self, failures: int) -> float:
-        """Return the wait after the given number of earlier failures: full jitter."""
-        longest: float = min(self.retry.cap, self.retry.base * 2.0 ** min(failures, 1000))
-        return self.random() * longest
+        """Return the pause after the given number of earlier failures."""
+        return self.retry.pause(failures, self.random())
 
     def store(self, key: str | None, answer: Answer, *, whole: bool = True) -> None:
         """Keep `answer` in memory if it may be stored; `whole` if its end was seen."""

@@ -133,9 +133,8 @@ def pause(call: Call, client: ClientState, turn: Turn, route: Route, failure: Ex
     if route.wait_time() > 0:
         raise rejected(client, route, route.rejection()) from failure
     wait = client.backoff(max(turn.used - 1, 0))
-    if wait >= call.left(client.clock()) or not route.budget.take():
+    if wait >= call.left(client.clock()):
         raise failure
-    turn.retried = True
     client.tally.add("retries")
     client.emit(
         RetryScheduled,

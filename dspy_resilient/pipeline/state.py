@@ -122,21 +122,17 @@ class Turn:
     Attributes:
         target: Who is asked.
         used: Attempts that count.
-        retried: Whether one of them was a retry.
         error: How it ended the last time, if it did.
         final: Whether it is not to be asked again.
         mended: Whether its client was restarted for this call.
-        early: Whether its next attempt may be a probe before the time.
         throttled: 429s it has answered with.
     """
 
     target: Target
     used: int = 0
-    retried: bool = False
     error: Exception | None = None
     final: bool = False
     mended: bool = False
-    early: bool = False
     throttled: int = 0
 
 

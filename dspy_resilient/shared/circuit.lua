@@ -11,50 +11,47 @@ local machine
 
 local function new()
   return {
-    state = 'closed', generation = 0, since = now, open_until = now, failures = 0, openings = 0,
-    successes = 0, window = {}, places = {},
+    state = 'closed', generation = 0, since = now, open_until = now, run_began = now, failures = 0,
+    share = policy.first_share, interval = policy.recovery_time, latest = {}, window = {},
   }
 end
 
 local function passes() return machine.state == 'closed' or machine.state == 'forced_closed' end
-local function refuses() return machine.state == 'open' or machine.state == 'forced_open' end
-
-local function held()
-  if not passes() or machine.openings == 0 then return machine.openings end
-  local forgiven = math.floor((now - machine.since) / policy.recovery_time)
-  return math.max(0, machine.openings - forgiven)
-end
 
 local function enter(state)
-  machine.openings = held()
   machine.state = state
   machine.since = now
   machine.generation = math.max(math.floor(now * 1e6), machine.generation + 1)
-  machine.successes = 0
-  machine.places = {}
+  machine.interval = policy.recovery_time
+end
+
+local function jittered(seconds)
+  return seconds * (1 + policy.jitter * (2 * request.draw - 1))
 end
 
 local function floor(retry_after)
-  if not retry_after or not (retry_after > 0) then return 0 end
-  return math.min(retry_after, policy.max_recovery_time)
+  return math.max(0, retry_after or 0)
 end
 
-local function open(reason, error, retry_after)
-  if machine.successes > 0 then machine.openings = math.max(0, machine.openings - 1) end
-  local seconds = policy.recovery_time * policy.backoff ^ held()
-  seconds = math.min(seconds, policy.max_recovery_time)
-  seconds = seconds * (1 + policy.jitter * (2 * request.draw - 1))
+local function open(reason, error, retry_after, began)
+  local seconds = math.max(jittered(policy.recovery_time), floor(retry_after))
   enter('open')
-  machine.open_until = now + math.max(seconds, floor(retry_after))
+  machine.open_until = now + seconds
+  machine.run_began = began
   machine.reason = reason
   machine.error = error
-  machine.openings = machine.openings + 1
+end
+
+local function end_run()
+  local share = 1 - (1 - machine.share) * policy.memory ^ machine.failures
+  if machine.failures > 0 then machine.share = math.min(share, policy.highest_share) end
+  machine.failures = 0
 end
 
 local function close()
+  end_run()
   enter('closed')
-  machine.openings = math.min(machine.openings, policy.steps + 1)
-  machine.failures = 0
+  machine.latest = {}
   machine.window = {}
 end
 
@@ -79,69 +76,70 @@ local function add(failed, slow)
   return totals[1], totals[2], totals[3]
 end
 
-local function reached(count, calls, rate)
-  return calls >= policy.min_calls and count / calls >= rate
-end
-
-local function succeed(slow)
-  if machine.state == 'half_open' then
-    if slow then return open('slow') end
-    machine.successes = machine.successes + 1
-    if machine.successes >= policy.successes_to_close then close() end
+local function succeed(began, slow)
+  if machine.state == 'open' then
+    if began >= machine.run_began and not slow then close() end
     return
   end
-  machine.failures = 0
+  end_run()
+  machine.share = machine.share * policy.memory
+  if not policy.failure_rate and not policy.slow_call then return end
   local calls, _, slows = add(false, slow)
-  if slow and machine.state == 'closed' and reached(slows, calls, policy.slow_rate) then
-    open('slow')
-  end
+  local is_slow = calls >= policy.min_calls and slows >= policy.slow_rate * calls
+  if slow and machine.state == 'closed' and is_slow then open('slow', nil, nil, now) end
 end
 
-local function fail(verdict)
-  machine.failures = machine.failures + 1
-  machine.error = verdict.error
-  if machine.state == 'half_open' then
-    return open(verdict.reason, verdict.error, verdict.retry_after)
-  end
+local function is_surprising()
+  if machine.failures < policy.failure_threshold or policy.surprise == 0 then return false end
+  if machine.share < policy.common_share then return true end
+  local enough = math.log(policy.surprise) / math.log(machine.share)
+  return machine.failures >= math.min(policy.longest_run, enough)
+end
+
+local function fails_too_often()
+  if not policy.failure_rate and not policy.slow_call then return false end
   local calls, failures = add(true, false)
-  if machine.state == 'closed' and (
-    machine.failures >= policy.failure_threshold
-    or reached(failures, calls, policy.failure_rate)
-    or verdict.reason == 'billing'
-  ) then
-    open(verdict.reason, verdict.error, verdict.retry_after)
-  end
+  local latest = machine.latest
+  latest[#latest + 1] = now
+  if #latest > policy.failure_threshold then table.remove(latest, 1) end
+  if not policy.failure_rate or #latest < policy.failure_threshold then return false end
+  if now - latest[1] > policy.window then return false end
+  return calls >= policy.min_calls and failures >= policy.failure_rate * calls
 end
 
-local function count(verdict)
-  local generation = machine.generation
-  if verdict.outcome == 'failure' then
-    fail(verdict)
-  elseif verdict.outcome == 'success' then
-    for i = 1, verdict.number do
-      if machine.generation == generation then succeed(i > verdict.number - verdict.slow) end
+local function fail(verdict, began)
+  machine.error = verdict.error
+  if not passes() then
+    if machine.state == 'open' then
+      machine.open_until = math.max(machine.open_until, now + floor(verdict.retry_after))
     end
+    return
   end
-  if verdict.probe then machine.places[verdict.probe] = nil end
+  if machine.failures == 0 then machine.run_began = began end
+  machine.failures = machine.failures + 1
+  local too_many = fails_too_often()
+  if machine.state == 'closed'
+    and (too_many or verdict.reason == policy.at_once or is_surprising()) then
+    open(verdict.reason, verdict.error, verdict.retry_after, machine.run_began)
+  end
 end
 
-local function taken()
-  local number = 0
-  for name, lease_end in pairs(machine.places) do
-    if lease_end > now then number = number + 1 else machine.places[name] = nil end
+local function count(verdict, current)
+  local began = now - verdict.age
+  if verdict.outcome == 'success' then
+    for i = 1, verdict.number do succeed(began, i > verdict.number - verdict.slow) end
+  elseif current then
+    fail(verdict, began)
   end
-  return number
 end
 
 local function lets_probe()
-  if passes() then return false end
-  if machine.state ~= 'half_open' then
-    local early = request.early and machine.state == 'open'
-      and now >= machine.since + policy.recovery_time
-    if now < machine.open_until and not early then return false end
-    enter('half_open')
-  end
-  return taken() < policy.probes
+  if passes() or now < machine.open_until then return false end
+  machine.state = 'open'
+  local longest = math.max(policy.recovery_time, policy.max_recovery_time)
+  machine.interval = math.min(machine.interval * policy.backoff, longest)
+  machine.open_until = now + jittered(machine.interval)
+  return true
 end
 
 local function adopt(generation)
@@ -150,38 +148,32 @@ local function adopt(generation)
   machine.generation = generation
   machine.since = now - request.age
   machine.open_until = now + (request.remaining or math.huge)
+  machine.run_began = now - request.run_age
   machine.failures = request.failures
-  machine.openings = request.openings
+  machine.share = request.share
   machine.reason = request.reason
   machine.error = request.error
 end
 
 local function hear()
   local believed = request.generation or math.floor((now - request.age) * 1e6)
-  local accepted = believed > machine.generation
-  if accepted then adopt(believed) end
+  if believed > machine.generation then adopt(believed) end
   for _, verdict in ipairs(request.verdicts) do
-    if machine.generation == believed then count(verdict) end
+    count(verdict, machine.generation == believed)
   end
-  local granted = request.probe ~= nil and lets_probe()
-  if granted then machine.places[request.probe] = now + request.lease end
-  taken()
   local view = {
-    at = string.format('%.17g', now),
+    granted = request.probe and lets_probe(),
     generation = string.format('%.0f', machine.generation),
-    accepted = accepted,
-    granted = granted,
-    places = {},
     state = machine.state,
     age = now - machine.since,
     remaining = 0,
+    run_age = now - machine.run_began,
     failures = machine.failures,
-    openings = machine.openings,
+    share = machine.share,
     reason = machine.reason,
     error = machine.error,
   }
-  for name, lease_end in pairs(machine.places) do view.places[name] = lease_end - now end
-  if refuses() then
+  if not passes() then
     view.remaining = math.max(0, machine.open_until - now)
     if view.remaining == math.huge then view.remaining = nil end
   end

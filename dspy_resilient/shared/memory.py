@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import cachetools
 
 from dspy_resilient._support.fork import renew_after_fork
-from dspy_resilient._support.wait_queue import LeaseTable, Notifier
+from dspy_resilient._support.wait_queue import Notifier
 from dspy_resilient.budgets import Amount
 from dspy_resilient.circuit import CircuitState
 from dspy_resilient.circuit.machine import Machine
@@ -22,7 +22,6 @@ from dspy_resilient.outcomes import Outcome
 from dspy_resilient.shared.store import (
     FASTEST_FOR,
     KEPT,
-    BudgetView,
     CachedText,
     CircuitView,
     RateView,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
     from dspy_resilient.policies import CircuitPolicy
     from dspy_resilient.shared.store import (
-        BudgetReport,
         CacheOrder,
         CircuitReport,
         CircuitVerdict,
@@ -85,15 +83,6 @@ class MemoryStore:
             now = self._clock()
             gate = self._kept[key] = self._kept.get(key) or _Gate()
             return gate.hear(now, report)
-
-    def budget(self, key: str, report: BudgetReport) -> BudgetView:
-        """Answer `Store.budget`."""
-        with self._lock:
-            before = self._kept.get(key, report.believed)
-            most = max(report.most, before)  # others may have a larger budget
-            spent = max(report.least, min(before + report.net, most))
-            self._kept[key] = spent
-            return BudgetView(at=self._clock(), spent=spent)
 
     def rate(self, key: str, reports: Mapping[str, RateReport]) -> RateView:
         """Answer `Store.rate`."""
@@ -148,9 +137,9 @@ class _Circuit:
 
     def __init__(self, policy: CircuitPolicy, now: float) -> None:
         self._draw = 0.5
-        self._leases = LeaseTable()
-        signals = Notifier(None)
-        self._machine = Machine(policy, now, lambda: self._draw, signals, self._leases, client="")
+        self._machine = Machine(
+            policy, now, lambda: self._draw, Notifier(None), longest_hint=math.inf, client=""
+        )
         self._stamp = 0
 
     def hear(self, now: float, report: CircuitReport) -> CircuitView:
@@ -159,51 +148,38 @@ class _Circuit:
         believed = report.generation
         if believed is None:
             believed = math.floor((now - report.age) * 1e6)
-        accepted = believed > self._stamp
-        if accepted:
+        if believed > self._stamp:
             machine.adopt(now, report)
             self._stamp = believed
         generation = machine.generation
-        for verdict in report.verdicts if believed == self._stamp else ():
-            if machine.generation == generation:
-                self._count(now, verdict)
-        granted = False
-        if report.probe is not None and not machine.passes:
-            granted = machine.lets_probe(now, early=report.early)
-            if granted:
-                self._leases.take(report.probe, now + report.lease)
-        changes = machine.generation - generation
-        if changes:
-            self._stamp = max(math.floor(now * 1e6), self._stamp + 1) + changes - 1
-        return self._view(now, accepted=accepted, granted=granted)
+        for verdict in report.verdicts:
+            self._count(now, verdict, current=believed == self._stamp)
+            changes, generation = machine.generation - generation, machine.generation
+            if changes:
+                self._stamp = max(math.floor(now * 1e6), self._stamp + 1) + changes - 1
+        granted = report.probe and machine.lets_probe(now)
+        return self._view(now, granted=granted)
 
-    def _count(self, now: float, verdict: CircuitVerdict) -> None:
-        machine = self._machine
-        generation = machine.generation
-        if verdict.outcome is Outcome.FAILURE:
-            machine.fail(now, verdict.reason or "", verdict.error, verdict.retry_after)
-        elif verdict.outcome is Outcome.SUCCESS:
+    def _count(self, now: float, verdict: CircuitVerdict, *, current: bool) -> None:
+        machine, began = self._machine, now - verdict.age
+        if verdict.outcome is Outcome.SUCCESS:
             for i in range(verdict.number):
-                slow = i >= verdict.number - verdict.slow
-                if machine.generation == generation:
-                    machine.succeed(now, math.inf if slow else 0.0)
-        if verdict.probe is not None:
-            machine.free(verdict.probe)
+                machine.succeed(now, began, slow=i >= verdict.number - verdict.slow)
+        elif verdict.outcome is Outcome.FAILURE and current:
+            hint = verdict.retry_after
+            machine.fail(now, began, verdict.reason or "", verdict.error, hint)
 
-    def _view(self, now: float, *, accepted: bool, granted: bool) -> CircuitView:
+    def _view(self, now: float, *, granted: bool) -> CircuitView:
         machine = self._machine
-        places = {str(name): until - now for name, until in self._leases.leases(now).items()}
         return CircuitView(
-            at=now,
             generation=self._stamp,
-            accepted=accepted,
             granted=granted,
-            places=places,
             state=CircuitState(machine.state),
             age=now - machine.since,
-            remaining=max(0.0, machine.open_until - now) if machine.refuses else 0.0,
+            remaining=machine.wait(now),
+            run_age=now - machine.run_began,
             failures=machine.failures,
-            openings=machine.openings,
+            share=machine.share,
             reason=machine.reason,
             error=machine.last_error,
         )

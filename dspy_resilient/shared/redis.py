@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from dspy_resilient.policies import CircuitPolicy
     from dspy_resilient.shared.redis_scripts import Ask
     from dspy_resilient.shared.store import (
-        BudgetReport,
-        BudgetView,
         CachedText,
         CacheOrder,
         CircuitReport,
@@ -40,7 +38,6 @@ _SOCKET_SECONDS = 1.0
 _ASKS: dict[str, Callable[..., Ask[Any]]] = {
     "circuit": scripts.circuit,
     "throttle": scripts.throttle,
-    "budget": scripts.budget,
     "rate": scripts.rate,
     "spend": scripts.spend,
     "cache": scripts.cache,
@@ -116,10 +113,6 @@ class RedisStore:
     def throttle(self, key: str, report: ThrottleReport) -> ThrottleView:
         """Answer `Store.throttle`."""
         return self._run(scripts.throttle(key, report))
-
-    def budget(self, key: str, report: BudgetReport) -> BudgetView:
-        """Answer `Store.budget`."""
-        return self._run(scripts.budget(key, report))
 
     def rate(self, key: str, reports: Mapping[str, RateReport]) -> RateView:
         """Answer `Store.rate`."""

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from dspy_resilient._support.redact import redact
 from dspy_resilient.budgets import Amount
-from dspy_resilient.circuit import CircuitState
-from dspy_resilient.circuit.machine import steps_to_longest
+from dspy_resilient.circuit import CircuitState, machine
 from dspy_resilient.events import printable
 from dspy_resilient.shared.store import (
     KEPT,
     MOST_TEXT,
-    BudgetView,
     CachedText,
     CircuitView,
     RateView,
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 
     from dspy_resilient.policies import CircuitPolicy
     from dspy_resilient.shared.store import (
-        BudgetReport,
         CacheOrder,
         CircuitReport,
         RateReport,
@@ -47,17 +44,25 @@ T = TypeVar("T")
 
 _OF_THE_CIRCUIT = (
     "failure_threshold",
-    "window",
-    "min_calls",
-    "failure_rate",
-    "slow_rate",
+    "surprise",
     "recovery_time",
     "backoff",
     "max_recovery_time",
     "jitter",
-    "probes",
-    "successes_to_close",
+    "failure_rate",
+    "window",
+    "min_calls",
+    "slow_call",
+    "slow_rate",
 )
+_CONSTANTS = {
+    "first_share": machine.FIRST_SHARE,
+    "memory": machine.MEMORY,
+    "longest_run": machine.LONGEST_RUN,
+    "common_share": machine.COMMON_SHARE,
+    "highest_share": machine.HIGHEST_SHARE,
+    "at_once": machine.AT_ONCE,
+}
 _LONGEST_TEXT = 300
 
 
@@ -71,7 +76,6 @@ class Script:
 
 CIRCUIT = Script("circuit.lua")
 THROTTLE = Script("throttle.lua")
-BUDGET = Script("budget.lua")
 RATE = Script("rate.lua")
 SPEND = Script("spend.lua")
 CACHE = Script("cache.lua")
@@ -104,8 +108,7 @@ class Ask(NamedTuple, Generic[T]):
 
 def circuit(key: str, policy: CircuitPolicy, report: CircuitReport) -> Ask[CircuitView]:
     """Return what answers `Store.circuit`."""
-    rules = {name: getattr(policy, name) for name in _OF_THE_CIRCUIT}
-    rules["steps"] = steps_to_longest(policy)
+    rules = _given({name: getattr(policy, name) for name in _OF_THE_CIRCUIT}) | _CONSTANTS
     verdicts = [_given(verdict._asdict()) for verdict in report.verdicts]
     state = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
     request = {"policy": rules, **_given(state), "verdicts": verdicts}
@@ -116,11 +119,6 @@ def throttle(key: str, report: ThrottleReport) -> Ask[ThrottleView]:
     """Return what answers `Store.throttle`."""
     request = dataclasses.asdict(report)
     return _in_json(THROTTLE, key, request, _throttle, KEPT + report.seconds)
-
-
-def budget(key: str, report: BudgetReport) -> Ask[BudgetView]:
-    """Return what answers `Store.budget`."""
-    return _in_json(BUDGET, key, dataclasses.asdict(report), _budget)
 
 
 def rate(key: str, reports: Mapping[str, RateReport]) -> Ask[RateView]:
@@ -181,19 +179,17 @@ def _finite(seconds: float) -> float:
 
 
 def _circuit(answer: Any) -> CircuitView:
-    places = {str(name): _seconds(left) for name, left in dict(answer["places"]).items()}
     remaining = answer.get("remaining")
+    share = _seconds(answer["share"])
     return CircuitView(
-        at=float(answer["at"]),
         generation=_whole(answer["generation"]),
-        accepted=answer["accepted"] is True,
         granted=answer["granted"] is True,
-        places=places,
         state=CircuitState(answer["state"]),
         age=_seconds(answer["age"]),
         remaining=math.inf if remaining is None else _seconds(remaining),
+        run_age=_seconds(answer["run_age"]),
         failures=_whole(answer["failures"]),
-        openings=_whole(answer["openings"]),
+        share=min(max(share, 0.0), machine.HIGHEST_SHARE),
         reason=_text(answer.get("reason")),
         error=_text(answer.get("error")),
     )
@@ -207,10 +203,6 @@ def _throttle(answer: Any) -> ThrottleView:
         hint=_seconds(answer["hint"]),
         longer=answer["longer"] is True,
     )
-
-
-def _budget(answer: Any) -> BudgetView:
-    return BudgetView(at=float(answer["at"]), spent=_whole(answer["spent"]))
 
 
 def _spending(answer: Any) -> SpendView:

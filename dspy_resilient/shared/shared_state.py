@@ -13,7 +13,6 @@ from urllib.parse import quote
 from dspy_resilient._support.canonical import stand_in
 from dspy_resilient.providers.endpoint import Endpoint
 from dspy_resilient.shared.answers import SharedAnswers
-from dspy_resilient.shared.budget import SharedBudget
 from dspy_resilient.shared.circuit import SharedCircuit
 from dspy_resilient.shared.gate import SharedGate
 from dspy_resilient.shared.ledger import SharedLedger
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from dspy_resilient.budgets import Amount
     from dspy_resilient.policies import CircuitPolicy, LimitPolicy
 
-_FORMAT = "dspy_resilient:1"
+_FORMAT = "dspy_resilient:2"
 _SCHEMES = ("redis://", "rediss://", "valkey://", "valkeys://", "unix://")
 
 
@@ -100,10 +99,6 @@ class SharedState:
     def gate(self, endpoint: Endpoint, credential: str, **facts: Any) -> SharedGate:
         """Return the throttle gate of one credential on one endpoint."""
         return SharedGate(self._courier, self._key(endpoint, "throttle", credential), **facts)
-
-    def budget(self, endpoint: Endpoint, tokens: int) -> SharedBudget:
-        """Return the retry budget of one endpoint."""
-        return SharedBudget(self._courier, self._key(endpoint, "budget"), tokens)
 
     def rates(self, endpoint: Endpoint, credential: str, policy: LimitPolicy) -> SharedRates:
         """Return the rates of one credential on one endpoint."""

@@ -41,21 +41,21 @@ class CircuitVerdict(NamedTuple):
 
     Attributes:
         outcome: What it says about the provider.
+        age: Seconds since the attempt began; of several, since the youngest did.
         number: How many successes, if it is one.
         slow: How many of them were slow.
         reason: Why the circuit is open if this failure opens it.
         error: Redacted text of the failure.
-        retry_after: Seconds the provider asked to be left alone.
-        probe: The place that the call held, if it was a probe.
+        retry_after: Seconds the provider asked to be left alone, as far as that counts.
     """
 
     outcome: Outcome
+    age: float
     number: int = 1
     slow: int = 0
     reason: str | None = None
     error: str | None = None
     retry_after: float | None = None
-    probe: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +67,14 @@ class CircuitReport:
             changed the state by itself since.
         state: The state it believes in.
         age: Seconds since that state began.
-        remaining: Seconds it goes on refusing; inf for without end.
+        remaining: Seconds until the next probe may go; inf for never.
+        run_age: Seconds since the run's first attempt to fail had begun.
         failures: Failures in a row.
-        openings: Openings in a row.
+        share: Share of failures among the last verdicts.
         reason: Why it last opened.
         error: Redacted text of the last failure.
-        verdicts: How calls of that generation ended, oldest first.
-        probe: Name of the place it asks for, to send a probe; None for none.
-        early: Whether that may be before the time (see `CircuitBreaker.try_admit`).
-        lease: Seconds after which that place is free again, come what may.
+        verdicts: How calls ended, oldest first; failures of that generation only.
+        probe: Whether it asks for leave to send a probe.
         draw: A number from 0 to below 1, for the jitter.
     """
 
@@ -83,14 +82,13 @@ class CircuitReport:
     state: CircuitState
     age: float
     remaining: float
+    run_age: float
     failures: int
-    openings: int
+    share: float
     reason: str | None
     error: str | None
     verdicts: tuple[CircuitVerdict, ...] = ()
-    probe: str | None = None
-    early: bool = False
-    lease: float = 0.0
+    probe: bool = False
     draw: float = 0.5
 
 
@@ -99,25 +97,20 @@ class CircuitView:
     """How a circuit stands once a report has been heard.
 
     Attributes:
-        at: The store's clock.
         generation: Stamp of the last change: microseconds of the store's clock, ever growing. 0
             if nothing has changed yet.
-        accepted: Whether the store has taken on the client's state, which was the newer one.
-        granted: Whether the client has the place for a probe that it asked for.
-        places: The places taken, by name, and the seconds until each is free again.
+        granted: Whether the client may send the probe that it asked for.
         state: As in the report, and so are the others.
     """
 
-    at: float
     generation: int
-    accepted: bool
     granted: bool
-    places: dict[str, float]
     state: CircuitState
     age: float
     remaining: float
+    run_age: float
     failures: int
-    openings: int
+    share: float
     reason: str | None
     error: str | None
 
@@ -156,36 +149,6 @@ class ThrottleView:
     seconds: float
     hint: float
     longer: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BudgetReport:
-    """What a client has done to a retry budget since it last said so: spend, and give back.
-
-    Attributes:
-        net: Tokens spent, less those given back.
-        least: How many are spent after that at least: nothing is given back to a full budget.
-        most: How many there are in all.
-        believed: How many it believed to be spent before that.
-    """
-
-    net: int = 0
-    least: int = 0
-    most: int
-    believed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BudgetView:
-    """How a retry budget stands once a report has been heard.
-
-    Attributes:
-        at: The store's clock.
-        spent: Tokens that are spent.
-    """
-
-    at: float
-    spent: int
 
 
 class RateReport(NamedTuple):
@@ -290,7 +253,7 @@ class Verb(NamedTuple):
         arguments: What it takes.
     """
 
-    name: Literal["circuit", "throttle", "budget", "rate", "spend", "cache"]
+    name: Literal["circuit", "throttle", "rate", "spend", "cache"]
     arguments: tuple[Any, ...]
 
 
@@ -311,7 +274,7 @@ class Store(Protocol):
         """Hear `report` about the circuit `key`, and return how it stands.
 
         The newest change that anybody knows of counts: a client that knows of a later one than
-        the store (which was emptied, restored or out of reach) is believed. Verdicts of an
+        the store (which was emptied, restored or out of reach) is believed. Failures of an
         earlier generation change nothing.
         """
         ...
@@ -320,14 +283,6 @@ class Store(Protocol):
         """Hear `report` about the throttle gate `key`, and return how it stands.
 
         The latest end that anybody has reported counts, whatever the order of the reports.
-        """
-        ...
-
-    def budget(self, key: str, report: BudgetReport) -> BudgetView:
-        """Hear `report` about the retry budget `key`, and return how it stands.
-
-        What was done in one place after the other counts as done so, between 0 and `most`. A store
-        that knows nothing of it (any more) begins with what the client believed.
         """
         ...
 

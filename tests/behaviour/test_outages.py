@@ -15,8 +15,6 @@ import pytest
 from dspy_resilient import (
     AllTargetsFailedError,
     CallRejectedError,
-    CircuitBreaker,
-    CircuitOpenError,
     CircuitPolicy,
     DeadlineExceededError,
     LimitExceededError,
@@ -25,14 +23,13 @@ from dspy_resilient import (
     RetryPolicy,
     ThrottledError,
 )
-from dspy_resilient.circuit import EarlyProbes
 from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpened, FellBack
-from dspy_resilient.testing import Clock, Hang, Hold, Provider, Status, rate_limited
+from dspy_resilient.testing import Hang, Hold, Provider, Status, rate_limited
 
 ONCE = RetryPolicy(max_attempts=1)
 AT_ONCE = RetryPolicy(base=0.0)
 FRAGILE = CircuitPolicy(failure_threshold=1, recovery_time=30.0, jitter=0.0)
-SOON = CircuitPolicy(failure_threshold=1, recovery_time=0.3, jitter=0.0, successes_to_close=1)
+SOON = CircuitPolicy(failure_threshold=1, recovery_time=0.3, jitter=0.0)
 
 
 @pytest.fixture
@@ -209,77 +206,6 @@ def all_at_once(request):
 
     call = {"threads": on_threads, "tasks": on_a_loop, "both": on_both}[request.param]
     return lambda lm, hear: call(lm, hear, [f"q{number}" for number in range(30)])
-
-
-@pytest.fixture
-def opened(chain):
-    """A client whose three circuits are open for 60, 40 and 80 s more, on a clock that stands."""
-    clock = Clock(1000.0)
-    circuits = [CircuitBreaker(FRAGILE, clock=clock) for _ in range(3)]
-    spare = [
-        ResilientLM(f"openai/{name}", api_base=at.api_base, api_key="k", circuit=circuit)
-        for name, at, circuit in zip("bc", chain.providers[1:], circuits[1:], strict=True)
-    ]
-    lm = chain(circuit=circuits[0], fallbacks=spare, max_wait=0, cache=False)
-    lm._runtime.early_probes = EarlyProbes(clock)
-    for circuit, left in zip(circuits, [60, 40, 80], strict=True):
-        circuit.trip(retry_after=left)
-    return lm, clock, circuits
-
-
-def test_with_every_circuit_open_one_early_probe_looks(chain, opened, ask):
-    """At most one per recovery_time, at the target that reopens soonest."""
-    lm, clock, circuits = opened
-    second = chain.providers[1]
-    second.down("500")
-    clock.advance(FRAGILE.recovery_time - 1)
-    with pytest.raises(AllTargetsFailedError) as caught:
-        ask(lm, "q")
-    assert counts(chain) == [0, 0, 0]
-    assert caught.value.retry_after == 40 - 29
-    clock.advance(1)
-    for _ in range(3):
-        with pytest.raises(AllTargetsFailedError):
-            ask(lm, "q")
-    assert counts(chain) == [0, 1, 0]
-    assert circuits[1].open_remaining > 30  # its failure reopened it for longer
-    clock.advance(FRAGILE.recovery_time - 1)
-    with pytest.raises(AllTargetsFailedError):
-        ask(lm, "q")
-    circuits[0].trip(retry_after=300)
-    clock.advance(1)
-    assert ask(lm, "q") == ["Nice"]
-    assert counts(chain) == [0, 1, 1]
-
-
-def test_a_crowd_sends_one_early_probe(chain, opened, all_at_once):
-    """30 callers, three open circuits, one request: nobody else is let through with it."""
-    lm, clock, _ = opened
-    clock.advance(FRAGILE.recovery_time)
-    hold, results = Hold(), []
-    for each in chain.providers:
-        each.always(hold)
-
-    def hear(result):
-        results.append(result)
-        if len(results) == 29:
-            hold.release()
-
-    all_at_once(lm, hear)
-    assert counts(chain) == [0, 1, 0]
-    assert results.count(["Lyon"]) == 1
-    assert sum(isinstance(each, AllTargetsFailedError) for each in results) == 29
-
-
-def test_a_client_without_fallbacks_is_never_early(provider, make, ask):
-    """There is nobody else to leave it alone for: an open circuit refuses."""
-    clock = Clock(1000.0)
-    lm = make(circuit=CircuitBreaker(FRAGILE, clock=clock), max_wait=0)
-    lm.circuit.trip(retry_after=60)
-    clock.advance(50)
-    with pytest.raises(CircuitOpenError):
-        ask(lm, "q")
-    assert provider.count == 0
 
 
 # What a name brings along.

@@ -29,19 +29,19 @@ def retries_of(drill_with):
 @pytest.mark.parametrize(
     ("policy", "longest"),
     [
-        (RetryPolicy(), [2, 4, 8]),
-        (RetryPolicy(base=1.0, max_attempts=8), [1, 2, 4, 8, 16, 30, 30]),
+        (RetryPolicy(), [1, 2, 4]),
+        (RetryPolicy(base=2.0, max_attempts=7), [2, 4, 8, 16, 30, 30]),
         (RetryPolicy(base=0.0, max_attempts=3), [0, 0]),
-        (RetryPolicy(cap=3.0), [2, 3, 3]),
+        (RetryPolicy(cap=1.5), [1, 1.5, 1.5]),
         (RetryPolicy(max_attempts=1), []),
     ],
 )
-def test_the_longest_waits_double_up_to_the_cap(policy, longest):
-    """The n-th wait is drawn from 0 to min(cap, base * 2**n)."""
+def test_the_waits_double_up_to_the_cap(policy, longest):
+    """The n-th wait is min(cap, base * 2**n)."""
 
     def drill(note):
         made = Drill(down(server_error, ALWAYS), retry=policy, on_event=note, **NO_CIRCUIT)
-        made._lm._runtime.random = lambda: 1.0
+        made._lm._runtime.random = lambda: 0.5
         return made.run(callers=1, calls=1)
 
     done, waits = retries_of(drill)
@@ -50,9 +50,9 @@ def test_the_longest_waits_double_up_to_the_cap(policy, longest):
     assert done.errors == {"LMServerError": 1}
 
 
-def test_waits_are_drawn_evenly_from_nothing_to_the_longest():
-    """Full jitter: no two callers in step, and half the longest on average."""
-    retry = RetryPolicy(base=4.0, max_attempts=2, budget=100_000)
+def test_waits_vary_by_a_quarter():
+    """No two callers go in step for long."""
+    retry = RetryPolicy(base=4.0, max_attempts=2)
 
     def drill(note):
         made = Drill(down(server_error, ALWAYS), retry=retry, on_event=note, **NO_CIRCUIT)
@@ -61,46 +61,18 @@ def test_waits_are_drawn_evenly_from_nothing_to_the_longest():
     _, waits = retries_of(drill)
     assert len(waits) == 1000
     for tenth in range(10):
-        assert 60 < sum(tenth * 0.4 <= wait < (tenth + 1) * 0.4 for wait in waits) < 140
+        assert 60 < sum(3 + tenth * 0.2 <= wait < 3.2 + tenth * 0.2 for wait in waits) < 140
 
 
-def test_the_budget_ends_retries_and_answers_pay_for_new_ones():
-    """500 tokens, 14 for a retry, 1 for an answer that needed none."""
-    drill = Drill(down(server_error, (0.0, 1000.0)), max_wait=0, **NO_CIRCUIT)
-    drill.run(callers=1, calls=100)
-    assert drill.sent == 100 + 500 // 14
-    level = drill._lm._runtime.routes.find(drill._lm, {}).budget.level
-    assert level == 500 % 14
-    drill.time.clock.advance(1000)
-    drill.run(callers=1, calls=20)
-    assert drill._lm._runtime.routes.find(drill._lm, {}).budget.level == level + 20
-
-
-@pytest.mark.parametrize(("deadline", "attempts"), [(0.5, 1), (2.5, 2), (6.5, 3), (100.0, 4)])
+@pytest.mark.parametrize(("deadline", "attempts"), [(0.5, 1), (1.5, 2), (3.8, 3), (100.0, 4)])
 def test_a_retry_that_the_deadline_would_cut_short_is_not_waited_for(deadline, attempts):
     """The provider's error is raised while there is still time to do something else."""
     drill = Drill(down(server_error, ALWAYS), deadline=deadline, **NO_CIRCUIT)
-    drill._lm._runtime.random = lambda: 1.0  # waits of 2, 4 and 8 s
+    drill._lm._runtime.random = lambda: 0.5  # waits of 1, 2 and 4 s
     drill.run(callers=1, calls=1)
     assert drill.sent == attempts
     assert drill.errors == {"LMServerError": 1}
     assert drill.seconds < deadline
-
-
-@pytest.mark.parametrize(("hint", "attempts"), [(59.0, 2), (61.0, 1)])
-def test_what_a_provider_asks_for_is_waited_for_up_to_the_cap(hint, attempts):
-    """A 503 with Retry-After is left alone for so long, or not asked again by this call."""
-
-    def busy():
-        error = server_error()
-        error.retry_after = hint
-        return error
-
-    drill = Drill(down(busy, (0.0, 50.0)), **NO_CIRCUIT).run(callers=1, calls=1)
-    assert drill.sent == attempts
-    assert (drill.answered == 1) == (attempts == 2)
-    if attempts == 2:
-        assert drill.seconds >= hint
 
 
 def test_a_success_after_retries_is_a_success():
@@ -121,9 +93,9 @@ def test_what_cannot_help_is_not_repeated():
 
 def test_who_is_woken_too_late_sends_nothing():
     """A busy machine may oversleep a wait that fitted; the deadline holds all the same."""
-    drill = Drill(down(server_error, ALWAYS), deadline=2.5, **NO_CIRCUIT)
-    drill._lm._runtime.random = lambda: 1.0  # a wait of 2 s
-    drill.time.after(1.0, lambda: drill.time.clock.advance(5.0))
+    drill = Drill(down(server_error, ALWAYS), deadline=1.5, **NO_CIRCUIT)
+    drill._lm._runtime.random = lambda: 0.5  # a wait of 1 s
+    drill.time.after(0.5, lambda: drill.time.clock.advance(5.0))
     drill.run(callers=1, calls=1)
     assert drill.sent == 1
     assert drill.errors == {"DeadlineExceededError": 1}

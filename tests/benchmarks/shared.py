@@ -28,7 +28,6 @@ from dspy_resilient.providers.endpoint import Endpoint
 from dspy_resilient.shared import RedisStore, SharedState
 from dspy_resilient.shared.link import VIEW_AGE
 from dspy_resilient.shared.store import (
-    BudgetReport,
     CacheOrder,
     CircuitReport,
     RateReport,
@@ -41,15 +40,14 @@ POLICY = CircuitPolicy()
 LIMITS = LimitPolicy(rpm=1e9, tpm=1e12)
 ENDPOINT = Endpoint("openai/x", "chat")
 REPORT = CircuitReport(
-    generation=0, state=CircuitState.CLOSED, age=1.0, remaining=0.0, failures=0, openings=0,
-    reason=None, error=None,
+    generation=0, state=CircuitState.CLOSED, age=1.0, remaining=0.0, run_age=1.0, failures=0,
+    share=0.02, reason=None, error=None,
 )  # fmt: skip
 RATES = {"requests": RateReport(6e6, 1.0), "tokens": RateReport(6e9, 1000.0)}
 ANSWER = b"x" * 1500  # what DSPy keeps of a short answer
 VERBS = {
     "circuit": (POLICY, REPORT),
     "throttle": (ThrottleReport(),),
-    "budget": (BudgetReport(net=0, most=500),),
     "rate": (RATES,),
     "cache": ([CacheOrder("recall", "a" * 64)],),
 }
@@ -60,7 +58,7 @@ def own(circuit):
 
 
 def shared(circuit):
-    with circuit.consulting(30.0) as question:
+    with circuit.consulting() as question:
         if question is not None:
             question.result()
         circuit.try_admit().success()

@@ -66,7 +66,7 @@ def client(prefix, provider, model_type="chat", **options):
         api_base=provider.base(prefix),
         api_key=KEY,
         cache=False,
-        retry=RetryPolicy(max_attempts=1, max_retry_after=1),
+        retry=RetryPolicy(max_attempts=1),
         max_wait=0,
         circuit=CircuitPolicy(failure_threshold=1),
         **more,

@@ -24,9 +24,9 @@ from dspy_resilient.policies import CircuitPolicy
 from dspy_resilient.testing import Clock
 
 BUCKETS = 12
+LONGEST_HINT = 30.0
 CLOSED = ("closed", "forced_closed")
 OUTCOMES = st.sampled_from(["success", "failure", "failure", "neutral"])
-LONGEST_LEASE = 100.0
 GAPS = st.sampled_from([0.0, 0.25, 2.0])
 DRAWS = st.sampled_from([0.0, 0.25, 0.5, 0.999])
 SWITCHES = st.sampled_from(
@@ -35,18 +35,16 @@ SWITCHES = st.sampled_from(
 POLICIES = st.builds(
     CircuitPolicy,
     failure_threshold=st.integers(1, 4),
+    surprise=st.sampled_from([1e-4, 0.1, 1.0, 0.0]),
     window=st.sampled_from([6.0, 24.0]),
     min_calls=st.integers(1, 6),
-    failure_rate=st.sampled_from([0.25, 0.5, 1.0]),
+    failure_rate=st.sampled_from([None, None, 0.0, 0.25, 1.0]),
     slow_call=st.sampled_from([None, 2.0]),
     slow_rate=st.sampled_from([0.5, 1.0]),
-    recovery_time=st.sampled_from([1.0, 5.0]),
-    backoff=st.sampled_from([1.0, 2.0, 10.0]),
+    recovery_time=st.sampled_from([1.0, 8.0]),
+    backoff=st.sampled_from([1.0, 1.5, 10.0]),
     max_recovery_time=st.sampled_from([5.0, 40.0]),
     jitter=st.sampled_from([0.0, 0.5]),
-    probes=st.integers(1, 3),
-    successes_to_close=st.integers(1, 3),
-    probe_lease=st.sampled_from([3.0, 60.0]),
     mode=st.sampled_from(["enforce", "enforce", "observe"]),
 )
 
@@ -56,10 +54,8 @@ class Call:
     """A permit as the model sees it. `real` is None once the caller has lost it."""
 
     real: Permit | None
-    era: int
+    era: int | None  # None: refused, had it not been for mode="observe"
     began: float
-    lease: float = math.inf
-    holds: bool = False
     reported: bool = False
 
 
@@ -68,98 +64,114 @@ class Model:
     """What the circuit should be, in the plainest terms: everything is kept and looked up."""
 
     policy: CircuitPolicy
-    state: str = "closed"
+    state: str = "closed"  # or "open", or forced
     era: int = 0
-    since: float = 0.0
-    until: float = 0.0
-    row: int = 0
-    openings: float = 0
-    successes: int = 0
+    next_probe: float = 0.0
+    probes: list[tuple[float, Call]] = field(default_factory=list)  # since it opened
+    run: list[float] = field(default_factory=list)  # when the attempts began that failed in a row
+    ended: list[str] = field(default_factory=list)  # the verdicts before the run, oldest first
     verdicts: list[tuple[float, str]] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    news_since: float = 0.0
 
     def seen(self, now):
-        return "half_open" if self.state.endswith("open") and self.is_over(now) else self.state
+        if self.state in CLOSED:
+            return self.state
+        is_under_way = bool(self.probes) and not self.probes[-1][1].reported
+        return "half_open" if now >= self.next_probe or is_under_way else self.state
 
-    def is_over(self, now):
-        return self.state in ("open", "forced_open") and now >= self.until
+    def share(self):
+        share = 0.02
+        for each in self.ended:
+            share += ((each == "failure") - share) / 50
+        return min(share, 0.99)
 
-    def probing(self, now):
-        return sum(c.holds and c.era == self.era and now < c.lease for c in self.calls)
-
-    def lets_in(self, now):
+    def lets_in(self, now, draw):
         """None, "call" or "probe"."""
         if self.state in CLOSED:
             return "call"
-        if self.is_over(now):
-            self.become("half_open", now)
-        if self.state == "half_open" and self.probing(now) < self.policy.probes:
-            return "probe"
-        return None
-
-    def become(self, state, now):
-        if self.state in CLOSED:
-            forgiven = (now - self.since) // self.policy.recovery_time
-            self.openings = max(0, self.openings - forgiven)
-        self.state, self.since = state, now
-        self.era += 1
-        self.successes = 0
-        if state in CLOSED:
-            self.row = 0
-            self.verdicts = []
-            worth = 1
-            while self.length(worth - 1) < self.policy.max_recovery_time and worth < 1000:
-                worth += 1
-            self.openings = min(self.openings, worth)
-
-    def length(self, openings):
+        if now < self.next_probe:
+            return None
         policy = self.policy
-        return min(policy.max_recovery_time, policy.recovery_time * policy.backoff**openings)
+        interval = policy.recovery_time
+        for _ in range(len(self.probes) + 1):
+            longest = max(policy.recovery_time, policy.max_recovery_time)
+            interval = min(longest, interval * policy.backoff)
+        self.state = "open"
+        self.next_probe = now + self.varied(interval, draw)
+        return "probe"
 
-    def open(self, now, draw, hint):
-        if self.successes:
-            self.openings = max(0, self.openings - 1)
-        self.become("open", now)
-        spread = 1 + self.policy.jitter * (2 * draw - 1)
-        floor = min(hint or 0, self.policy.max_recovery_time)
-        self.until = now + max(self.length(self.openings) * spread, floor)
-        self.openings += 1
+    def varied(self, seconds, draw):
+        return seconds * (1 + self.policy.jitter * (2 * draw - 1))
+
+    def become(self, state):
+        self.state = state
+        self.era += 1
+        self.probes = []
+        if state in CLOSED:
+            self.end_run()
+            self.verdicts = []
+
+    def end_run(self):
+        self.ended += ["failure"] * len(self.run)
+        self.run = []
+
+    def open(self, now, draw, hint, news_since):
+        self.become("open")
+        seconds = self.varied(self.policy.recovery_time, draw)
+        self.next_probe = now + max(seconds, min(hint or 0, LONGEST_HINT))
+        self.news_since = news_since
 
     def rate(self, kind, now):
         width = self.policy.window / BUCKETS
         recent = [k for when, k in self.verdicts if when // width > now // width - BUCKETS]
-        return recent.count(kind) / len(recent) if len(recent) >= self.policy.min_calls else 0
+        return recent.count(kind) / len(recent) if len(recent) >= self.policy.min_calls else -1
 
     def report(self, call, outcome, now, draw, hint, at_once):
-        stale = call.reported or call.era != self.era
-        call.reported = True
-        call.holds = False
-        if stale or outcome == "neutral":
+        was_reported, call.reported = call.reported, True
+        if was_reported or call.era is None:
             return
         slow = self.policy.slow_call is not None and now - call.began >= self.policy.slow_call
-        kind = "failure" if outcome == "failure" else "slow" if slow else "fine"
-        self.row = self.row + 1 if kind == "failure" else self.row
-        if self.state == "half_open":
-            self.judge_probe(kind, now, draw, hint)
-            return
-        self.row = self.row if kind == "failure" else 0
-        self.verdicts.append((now, kind))
-        too_many = kind == "failure" and (
-            at_once
-            or self.row >= self.policy.failure_threshold
-            or self.rate("failure", now) >= self.policy.failure_rate
-        )
-        too_slow = kind == "slow" and self.rate("slow", now) >= self.policy.slow_rate
-        if self.state == "closed" and (too_many or too_slow):
-            self.open(now, draw, hint if kind == "failure" else None)
+        if outcome == "success":
+            self.succeed(call, now, draw, slow=slow)
+        elif outcome == "failure" and call.era == self.era:
+            self.fail(call, now, draw, hint, at_once)
 
-    def judge_probe(self, kind, now, draw, hint):
-        if kind == "fine":
-            self.successes += 1
-            if self.successes >= self.policy.successes_to_close:
-                self.become("closed", now)
-        else:
-            self.open(now, draw, hint if kind == "failure" else None)
+    def succeed(self, call, now, draw, *, slow):
+        if self.state == "open":
+            if call.began >= self.news_since and not slow:
+                self.become("closed")
+            return
+        self.end_run()
+        self.ended.append("success")
+        self.verdicts.append((now, "slow" if slow else "fine"))
+        if slow and self.state == "closed" and self.rate("slow", now) >= self.policy.slow_rate:
+            self.open(now, draw, None, now)
+
+    def fail(self, call, now, draw, hint, at_once):
+        if self.state == "open":
+            self.next_probe = max(self.next_probe, now + min(hint or 0, LONGEST_HINT))
+        if self.state not in CLOSED:
+            return
+        self.run.append(call.began)
+        self.verdicts.append((now, "failure"))
+        if self.state == "closed" and (at_once or self.is_outage() or self.is_too_often(now)):
+            self.open(now, draw, hint, self.run[0])
+
+    def is_outage(self):
+        policy, share = self.policy, self.share()
+        if len(self.run) < policy.failure_threshold or policy.surprise == 0:
+            return False
+        by_chance = share ** len(self.run)
+        return share < 0.15 or len(self.run) >= 100 or by_chance <= policy.surprise * (1 + 1e-9)
+
+    def is_too_often(self, now):
+        policy = self.policy
+        if policy.failure_rate is None:
+            return False
+        failures = [when for when, kind in self.verdicts if kind == "failure"]
+        enough = policy.failure_threshold
+        close = len(failures) >= enough and now - failures[-enough] <= policy.window
+        return close and self.rate("failure", now) >= policy.failure_rate
 
 
 class CircuitMachine(RuleBasedStateMachine):
@@ -174,46 +186,36 @@ class CircuitMachine(RuleBasedStateMachine):
         self.draw = 0.5
         self.events = []
         self.breaker = CircuitBreaker(
-            policy, clock=self.clock, random=lambda: self.draw, listener=self.events.append
-        )
+            policy, clock=self.clock, random=lambda: self.draw, listener=self.events.append,
+            longest_hint=LONGEST_HINT,
+        )  # fmt: skip
         self.model = Model(policy)
         self.line = []
+        self.sent = []  # when each probe went, and the era
 
-    def check_line(self, *, owed):
-        """Nobody waits uncalled for a place that a report, a hand or a leaver has made free.
-
-        One that time has made free is not `owed`: for that, each waiter has its `recheck_time`.
-        """
-        called = [waiter for waiter in self.line if waiter.done()]
-        if owed and len(called) < len(self.line) and self.breaker.wait_time() == 0:
-            assert called
-
-    def ask(self, lease=0.0):
-        now = self.clock()
-        expected = self.model.lets_in(now)
-        permit = self.breaker.try_admit(lease)
-        observes = self.model.policy.mode == "observe"
+    def ask(self):
+        now, model = self.clock(), self.model
+        expected = model.lets_in(now, self.draw)
+        permit = self.breaker.try_admit()
+        observes = model.policy.mode == "observe"
         assert (permit is not None) == (expected is not None or observes)
         if permit is None:
-            return Call(None, -1, now, reported=True)
+            return Call(None, None, now, reported=True)
         assert permit.probe == (expected == "probe")
-        call = Call(permit, self.model.era if expected else -1, now)
+        call = Call(permit, model.era if expected else None, now)
         if permit.probe:
-            call.holds = True
-            call.lease = now + max(self.model.policy.probe_lease, lease)
-        self.model.calls.append(call)
+            model.probes.append((now, call))
+            self.sent.append((now, model.era))
         return call
 
     def tell(self, call, outcome, hint=None, reason="failures"):
         if call.real is None:
             return
-        owed = self.breaker.wait_time() > 0
         if outcome == "failure":
             call.real.failure(retry_after=hint, reason=reason)
         else:
             getattr(call.real, outcome)()
         self.model.report(call, outcome, self.clock(), self.draw, hint, reason == "billing")
-        self.check_line(owed=owed)
 
     @rule(outcomes=st.lists(OUTCOMES, min_size=1, max_size=6), seconds=GAPS)
     def make_calls(self, outcomes, seconds):
@@ -223,9 +225,15 @@ class CircuitMachine(RuleBasedStateMachine):
             self.tell(call, outcome)
             self.agrees_with_the_model()
 
-    @rule(target=permits, lease=st.sampled_from([0.0, 10.0, 100.0]))
-    def admit(self, lease):
-        return self.ask(lease)
+    @rule(failures=st.integers(1, 12), times=st.integers(1, 12))
+    def fail_partly(self, failures, times):
+        for _ in range(times):
+            for outcome in ["failure"] * failures + ["success"]:
+                self.tell(self.ask(), outcome)
+
+    @rule(target=permits)
+    def admit(self):
+        return self.ask()
 
     @rule(
         call=permits,
@@ -250,12 +258,10 @@ class CircuitMachine(RuleBasedStateMachine):
 
     @rule(waiter=consumes(waiters), cancels=st.booleans())
     def leave(self, waiter, cancels):
-        owed = waiter.done()
         if cancels:
             waiter.cancel()
         self.breaker.leave(waiter)
         self.line.remove(waiter)
-        self.check_line(owed=owed)
 
     @rule(seconds=st.sampled_from([0.25, 1.0, 3.0, 10.0, 100.0]), draw=DRAWS)
     def advance(self, seconds, draw):
@@ -263,8 +269,8 @@ class CircuitMachine(RuleBasedStateMachine):
         self.draw = draw
 
     @rule(draw=DRAWS)
-    def advance_to_the_next_change(self, draw):
-        wait = self.breaker.recheck_time()
+    def advance_to_the_next_probe(self, draw):
+        wait = self.breaker.open_remaining
         if math.isfinite(wait):
             self.clock.advance(wait)
         self.draw = draw
@@ -272,60 +278,65 @@ class CircuitMachine(RuleBasedStateMachine):
     @rule(switch=SWITCHES, seconds=st.sampled_from([None, 2.0, 1000.0]))
     def switch(self, switch, seconds):
         now, model = self.clock(), self.model
-        seen, owed = model.seen(now), self.breaker.wait_time() > 0
+        seen = model.seen(now)
         if switch == "trip":
             self.breaker.trip(retry_after=seconds)
             if seen == "open":
-                least = min(seconds or 0, model.policy.max_recovery_time)
-                model.until = max(model.until, now + least)
+                model.next_probe = max(model.next_probe, now + min(seconds or 0, LONGEST_HINT))
             elif seen in ("closed", "half_open"):
-                model.open(now, self.draw, seconds)
+                model.open(now, self.draw, seconds, now)
         elif switch == "force_open":
             self.breaker.force_open(seconds=seconds)
-            model.become("forced_open", now)
-            model.until = now + (seconds or math.inf)
+            model.become("forced_open")
+            model.next_probe, model.news_since = now + (seconds or math.inf), now
         else:
             getattr(self.breaker, switch)()
             self.follow(switch, now)
-        self.check_line(owed=owed)
 
     def follow(self, switch, now):
         model = self.model
         if switch == "force_half_open" or (switch == "auto" and model.state == "forced_open"):
-            model.become("half_open", now)
+            model.become("open")
+            model.next_probe = model.news_since = now
         elif switch == "force_closed":
-            model.become("forced_closed", now)
+            model.become("forced_closed")
         elif switch == "reset" or model.state == "forced_closed":
-            model.become("closed", now)
+            model.become("closed")
         if switch == "reset":
-            model.openings = 0
+            model.ended = []
 
     @invariant()
     def agrees_with_the_model(self):
         now, model, breaker = self.clock(), self.model, self.breaker
         assert breaker.state == model.seen(now)
-        assert breaker.failure_count == model.row
-        refusing = model.state in ("open", "forced_open")
-        remaining = max(0.0, model.until - now) if refusing else 0.0
+        assert breaker.failure_count == len(model.run)
+        remaining = 0.0 if model.state in CLOSED else max(0.0, model.next_probe - now)
         assert breaker.open_remaining == pytest.approx(remaining, rel=1e-12)
 
     @invariant()
-    def never_has_more_probes_than_allowed(self):
-        assert self.model.probing(self.clock()) <= self.model.policy.probes
+    def sends_at_most_one_probe_per_interval(self):
+        policy = self.model.policy
+        shortest = min(policy.recovery_time * policy.backoff, 5.0) * (1 - policy.jitter)
+        for (before, era), (after, later) in itertools.pairwise(self.sent):
+            assert era != later or after - before >= shortest * (1 - 1e-9)
 
     @invariant()
     def promises_nothing_it_does_not_keep(self):
         """`wait_time` is 0 if and only if a call would be let in, and no wait is without end."""
-        now, model = self.clock(), self.model
-        wait, recheck = self.breaker.wait_time(), self.breaker.recheck_time()
-        free = model.seen(now) == "half_open" and (
-            model.is_over(now) or model.probing(now) < model.policy.probes
-        )
-        lets_in = model.state in CLOSED or free or model.policy.mode == "observe"
-        assert (wait == 0) == lets_in
-        assert recheck <= wait
-        if model.until < math.inf or model.state != "forced_open":
-            assert math.isfinite(recheck)
+        model, wait = self.model, self.breaker.wait_time()
+        refuses = model.state not in CLOSED and self.clock() < model.next_probe
+        assert (wait == 0) == (not refuses or model.policy.mode == "observe")
+        if model.state != "forced_open":
+            longest = max(model.policy.recovery_time, model.policy.max_recovery_time)
+            assert wait <= max(longest * (1 + model.policy.jitter), LONGEST_HINT)
+
+    @invariant()
+    def leaves_nobody_waiting_at_a_closed_circuit(self):
+        if self.breaker.closed:
+            for waiter in self.line:
+                assert (
+                    waiter.cancelled() or 0 <= waiter.result(0) <= self.model.policy.recovery_time
+                )
 
     @invariant()
     def tells_no_impossible_story(self):
@@ -335,17 +346,13 @@ class CircuitMachine(RuleBasedStateMachine):
                 assert isinstance(before, (CircuitOpened, CircuitHalfOpened))
 
     def teardown(self):
-        """Whatever happened, healthy probes close it in the end: it is never stuck."""
+        """Whatever happened, one quick answer to a probe closes it: it is never stuck."""
         if not hasattr(self, "breaker"):
             return
         self.breaker.auto()
-        for _ in range(20):
-            if self.breaker.closed:
-                return
-            self.clock.advance(max(self.breaker.open_remaining, LONGEST_LEASE))
-            permit = self.breaker.try_admit()
-            permit.success()
-        pytest.fail(f"stuck: {self.breaker!r}")
+        self.clock.advance(self.breaker.open_remaining)
+        self.breaker.admit().success()
+        assert self.breaker.closed
 
 
 TestCircuit = pytest.mark.timeout(600)(CircuitMachine.TestCase)

@@ -99,7 +99,7 @@ def test_what_lies_there_is_an_answer_that_expires(provider, make, client, valke
     assert 0 < client.pttl(key) <= 86_400_000
     for secret in (b"dummy-key", b"private"):
         assert secret not in key + value
-    assert key.startswith(b"dspy_resilient:1::fast:{")
+    assert key.startswith(b"dspy_resilient:2::fast:{")
 
 
 def test_ttl_counts_by_the_clock_of_the_store(provider, pair, ask):

@@ -104,14 +104,14 @@ def test_a_client_that_comes_later_finds_it_open(provider, make, shared, patient
     """A process that was restarted in an outage leaves the provider alone for what is left of it."""
     options = {"name": "fast", "circuit": CircuitPolicy(), "shared": shared, **ONCE}
     earlier = make(**options)
-    earlier.circuit.trip("outage", retry_after=120)
+    earlier.circuit.trip("outage", retry_after=55)
     until(lambda: earlier.circuit._stamp)
     earlier.close()
     later = make(**options)
     with pytest.raises(CircuitOpenError) as caught:
         ask(later, "q")
     assert caught.value.reason == "outage"
-    assert caught.value.retry_after == pytest.approx(120, abs=30)
+    assert caught.value.retry_after == pytest.approx(55, abs=30)
     assert provider.count == 0
 
 
@@ -193,7 +193,7 @@ def test_what_lies_in_the_store_expires_and_holds_no_secret(provider, make, valk
     client = valkey.client()
     until(client.keys)
     for key in client.scan_iter():
-        assert key.startswith(b"dspy_resilient:1:")
+        assert key.startswith(b"dspy_resilient:2:")
         assert key.count(b"{") == key.count(b"}") == 1
         assert 0 < client.ttl(key) <= 2 * 86_400
         everything = key + client.dump(key)
@@ -203,7 +203,7 @@ def test_what_lies_in_the_store_expires_and_holds_no_secret(provider, make, valk
 
 
 def test_closed_circuits_are_answered_from_the_local_view(provider, make, valkey, ask):
-    """A hundred quick calls ask the store a handful of times, for circuit, gate and budget each."""
+    """A hundred quick calls ask the store a handful of times, for circuit and gate each."""
     lm = make(shared=valkey.url, **ONCE)
     client = valkey.client()
     ask(lm, "q")
@@ -212,7 +212,7 @@ def test_closed_circuits_are_answered_from_the_local_view(provider, make, valkey
     for _ in range(50):
         ask(lm, "q")
     asked = client.info("commandstats")["cmdstat_evalsha"]["calls"] - before
-    assert asked <= 3 * (2 + (time.monotonic() - started) / (VIEW_AGE / 2))
+    assert asked <= 2 * (2 + (time.monotonic() - started) / (VIEW_AGE / 2))
     client.close()
 
 

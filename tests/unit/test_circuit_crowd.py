@@ -1,17 +1,11 @@
 """A circuit among many callers: threads, tasks, and threads beside several event loops.
 
 A caller is written once, as a generator that yields the futures it waits for.
-
-Of the changes of one operator, constant or statement in `waiting.py` and `permit.py`, those that no
-test here or in `test_gate.py` notices change nothing but speed: `__slots__`, first values that every
-owner sets anew, and what spares a report a look at `Notifier` that has nothing to send. A call of
-somebody for whom nothing is new is noticed in `test_gate_model.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import math
 import os
@@ -119,20 +113,27 @@ def half_open(clock):
 # Probes
 
 
-@pytest.mark.parametrize("probes", [1, 3])
-def test_reopening_admits_exactly_the_probes(crowd, half_open, probes):
-    """Of 999 callers at the reopening, exactly `probes` reach the provider."""
-    breaker = half_open(probes=probes)
-    asking, asked = Meeting(999), Meeting(999)
+def test_reopening_admits_exactly_one(crowd, half_open, clock):
+    """Of 999 callers at the reopening exactly one reaches the provider, and at each that follows."""
+    breaker = half_open()
+    asking, asked, again, over = (Meeting(999) for _ in range(4))
 
-    def caller():
+    def caller(number):
         yield asking.join()
-        permit = breaker.try_admit()
+        first = breaker.try_admit()
         yield asked.join()
-        return permit is not None
+        if number == 0:
+            clock.advance(breaker.wait_time())
+        yield again.join()
+        second = breaker.try_admit()
+        yield over.join()
+        return first, second
 
-    assert sum(crowd([caller() for _ in range(999)])) == probes
-    assert breaker.rejected == 999 - probes
+    admitted = list(zip(*crowd([caller(number) for number in range(999)]), strict=True))
+    for permits in admitted:
+        (probe,) = [permit for permit in permits if permit is not None]
+        assert probe.probe
+    assert breaker.rejected == 2 * 998
 
 
 def test_calls_run_side_by_side(crowd):
@@ -252,7 +253,7 @@ def test_one_permit_reported_by_many_counts_once(crowd):
 
 
 def test_results_from_before_the_trip_change_nothing(crowd, clock):
-    """Calls that end after the circuit opened neither close nor prolong it."""
+    """Calls that began before the trouble did neither close nor prolong it."""
     breaker = CircuitBreaker(CircuitPolicy(jitter=0.0, recovery_time=5.0), clock=clock)
     inside = Meeting(31)
     tripped = Future()
@@ -268,6 +269,7 @@ def test_results_from_before_the_trip_change_nothing(crowd, clock):
 
     def trip():
         yield inside.join()
+        clock.advance(1)
         breaker.trip()
         clock.advance(2)
         tripped.set_result(None)
@@ -277,13 +279,38 @@ def test_results_from_before_the_trip_change_nothing(crowd, clock):
     assert breaker.open_remaining == 3
 
 
+def test_the_first_answer_closes_it_whoever_brings_it(crowd, clock):
+    """Of thirty attempts that were under way when it opened, each may."""
+    breaker = CircuitBreaker(CircuitPolicy(jitter=0.0), clock=clock)
+    for _ in range(4):
+        breaker.admit().failure()
+    inside, opened = Meeting(30), Future()
+
+    def caller(number):
+        permit = breaker.admit()
+        yield inside.join()
+        if number == 0:
+            permit.failure()
+            assert breaker.opened
+            opened.set_result(None)
+        yield opened
+        if number:
+            permit.success()
+
+    crowd([caller(number) for number in range(30)])
+    assert breaker.closed
+
+
 # Probes that come to nothing
 
 
-@pytest.mark.parametrize("end", ["cancelled", "interrupted", "unreported", "abandoned", "lost"])
-def test_probe_that_comes_to_nothing_leaves_its_place_to_the_next(crowd, half_open, clock, end):
-    """Wherever probes end without a verdict, the next may go, wherever that is."""
-    breaker = half_open(probe_lease=60.0)
+ENDS = ["cancelled", "interrupted", "unreported", "abandoned", "lost"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_probe_that_comes_to_nothing_holds_up_no_other(crowd, half_open, clock, end):
+    """Wherever probes end without a verdict, the next goes in its time, wherever that is."""
+    breaker = half_open(backoff=1.0)
     turns = [Future() for _ in range(31)]
     turns[0].set_result(None)
 
@@ -303,7 +330,6 @@ def test_probe_that_comes_to_nothing_leaves_its_place_to_the_next(crowd, half_op
                 running.close()
             case "lost":
                 breaker.admit()
-                clock.advance(60)
             case _:
                 error = asyncio.CancelledError if end == "cancelled" else KeyboardInterrupt
                 with pytest.raises(error), breaker:
@@ -313,27 +339,17 @@ def test_probe_that_comes_to_nothing_leaves_its_place_to_the_next(crowd, half_op
         yield turns[number]
         probe()
         found = breaker.state, breaker.wait_time(), breaker.failure_count
+        clock.advance(1)
         turns[number + 1].set_result(None)
         return found
 
-    assert crowd([caller(number) for number in range(30)]) == [("half_open", 0, 0)] * 30
-
-
-def test_interrupted_probe_leaves_half_open(half_open):
-    """Ctrl-C in a probe closes nothing, counts for nothing, and frees the place."""
-    breaker = half_open()
-
-    def probe():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        breaker.call(probe)
-    assert (breaker.state, breaker.wait_time(), breaker.failure_count) == ("half_open", 0, 0)
+    state = "half_open" if end == "lost" else "open"
+    assert crowd([caller(number) for number in range(30)]) == [(state, 1, 0)] * 30
 
 
 @pytest.mark.parametrize("form", ["decorator", "block", "permit"])
-async def test_cancelled_probe_leaves_half_open(half_open, form):
-    """A cancelled probe closes nothing, opens nothing, and frees the place."""
+async def test_cancelled_probe_leaves_it_open(half_open, form):
+    """A cancelled probe closes nothing and counts for nothing; the next has its time already."""
     breaker = half_open()
 
     async def hang():
@@ -350,14 +366,16 @@ async def test_cancelled_probe_leaves_half_open(half_open, form):
     work = {"decorator": breaker(hang), "block": in_block, "permit": with_permit}[form]
     task = asyncio.create_task(work())
     await asyncio.sleep(0)
-    assert breaker.wait_time() == math.inf
+    assert breaker.state == "half_open"
+    wait = breaker.wait_time()
+    assert wait > 0
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert (breaker.state, breaker.wait_time(), breaker.failure_count) == ("half_open", 0, 0)
+    assert (breaker.state, breaker.wait_time(), breaker.failure_count) == ("open", wait, 0)
 
 
-async def test_timed_out_probe_leaves_half_open(half_open):
+async def test_timed_out_probe_leaves_it_open(half_open):
     """A caller that loses patience has cancelled."""
     breaker = half_open()
 
@@ -367,68 +385,30 @@ async def test_timed_out_probe_leaves_half_open(half_open):
 
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(hang(), 0.001)
-    assert (breaker.state, breaker.wait_time()) == ("half_open", 0)
+    assert breaker.state == "open"
 
 
-def test_dropped_probe_is_replaced_after_its_lease(half_open, clock):
-    """A permit that nobody holds any more blocks nothing for ever."""
-    breaker = half_open(probe_lease=60.0, successes_to_close=1)
-    breaker.admit()
-    gc.collect()
-    assert breaker.wait_time() == math.inf
-    assert breaker.recheck_time() == 60
-    clock.advance(59.5)
-    assert breaker.recheck_time() == 0.5
-    clock.advance(0.5)
-    probe = breaker.admit()
-    assert breaker.recheck_time() == 60
-    probe.success()
-    assert breaker.closed
+def test_hanging_probes_keep_nothing_from_recovering(crowd, half_open, clock):
+    """However many hang, the next is sent in its time, and its answer closes the circuit."""
+    breaker = half_open(backoff=1.0)
+    admitted, recovered = [Future() for _ in range(6)], Future()
+    admitted[0].set_result(None)
 
-
-def test_dropped_probe_is_replaced_though_others_return(half_open, clock):
-    """What becomes of one probe shortens and lengthens nobody else's lease."""
-    breaker = half_open(probes=2, probe_lease=60.0)
-    breaker.admit()
-    breaker.admit().neutral()
-    other = breaker.try_admit(lease=90.0)
-    assert breaker.recheck_time() == 60
-    clock.advance(60)
-    probe = breaker.admit()
-    assert breaker.recheck_time() == 30
-    other.neutral()
-    breaker.admit()
-    clock.advance(60)
-    assert breaker.try_admit() is not None
-    assert breaker.try_admit() is not None
-    probe.neutral()
-    assert breaker.try_admit() is None
-
-
-def test_hanging_probe_is_replaced_after_its_lease(crowd, half_open, clock):
-    """A probe that hangs does not keep the circuit from recovering."""
-    breaker = half_open(successes_to_close=1)
-    admitted, recovered = Future(), Future()
-
-    def hanging():
+    def hanging(number):
+        yield admitted[number]
         with breaker.admit() as permit:
-            admitted.set_result(None)
+            clock.advance(1)
+            admitted[number + 1].set_result(None)
             yield recovered
             permit.failure()
 
     def healthy():
-        yield admitted
-        clock.advance(60)
+        yield admitted[5]
         breaker.admit().success()
         recovered.set_result(None)
 
-    crowd([hanging(), healthy(), *(iter_nothing() for _ in range(4))])
+    crowd([*(hanging(number) for number in range(5)), healthy()])
     assert breaker.closed
-
-
-def iter_nothing():
-    return
-    yield
 
 
 def test_generator_closed_in_the_middle_of_the_circuit_is_no_deadlock(half_open, clock):
@@ -447,7 +427,7 @@ def test_generator_closed_in_the_middle_of_the_circuit_is_no_deadlock(half_open,
     worker.start()
     worker.join(PATIENCE)
     assert not worker.is_alive()
-    assert breaker.state == "half_open"
+    assert breaker.state == "open"
 
 
 # Waiting
@@ -483,58 +463,36 @@ def test_forced_open_needs_a_hand(clock):
     assert waiter.done()
 
 
-def test_each_free_place_calls_the_longest_waiter(half_open):
-    """One waiter per place that becomes free, oldest first."""
-    breaker = half_open(successes_to_close=3)
-    probe = breaker.admit()
-    first, second, third = (breaker.enlist() for _ in range(3))
-    probe.success()
-    assert [waiter.done() for waiter in (first, second, third)] == [True, False, False]
-    breaker.admit().neutral()
-    assert [waiter.done() for waiter in (second, third)] == [True, False]
-
-
-@pytest.mark.parametrize("end", ["success", "failure", "force_open", "force_closed", "reset"])
-def test_every_change_calls_all(half_open, end):
-    """The verdict, and the hand, concern all who wait."""
-    breaker = half_open(successes_to_close=1)
+@pytest.mark.parametrize("end", ["success", "force_half_open", "force_closed", "reset"])
+def test_what_lets_a_call_through_calls_all(half_open, end):
+    """An answer, and a hand, concern all who wait."""
+    breaker = half_open()
     probe = breaker.admit()
     waiters = [breaker.enlist() for _ in range(5)]
     getattr(probe if hasattr(probe, end) else breaker, end)()
     assert all(waiter.done() for waiter in waiters)
 
 
-def test_called_waiter_that_leaves_passes_its_turn_on(half_open):
-    """A caller that is cancelled after its call takes nobody's chance away."""
-    breaker = half_open(successes_to_close=3)
+@pytest.mark.parametrize("end", ["failure", "neutral"])
+def test_a_probe_without_an_answer_calls_none(half_open, end):
+    """Each knows for how long to wait."""
+    breaker = half_open()
     probe = breaker.admit()
-    first, second = breaker.enlist(), breaker.enlist()
-    probe.neutral()
-    assert not second.done()
-    breaker.leave(first)
-    assert second.done()
+    waiter = breaker.enlist()
+    getattr(probe, end)()
+    assert not waiter.done()
 
 
-def test_waiter_that_leaves_is_not_called(half_open):
-    """Who has left keeps no place in line."""
-    breaker = half_open(successes_to_close=3)
+def test_waiter_that_left_is_not_called(half_open):
+    """A caller that has left keeps no place in line, nor does one whose future is cancelled."""
+    breaker = half_open()
     probe = breaker.admit()
-    first, second = breaker.enlist(), breaker.enlist()
+    first, second, third = (breaker.enlist() for _ in range(3))
     breaker.leave(first)
-    probe.neutral()
+    second.cancel()
+    probe.success()
     assert not first.done()
-    assert second.done()
-
-
-def test_cancelled_waiter_is_passed_over(half_open):
-    """A cancelled future is no waiter, even if its owner did not leave."""
-    breaker = half_open(successes_to_close=3)
-    probe = breaker.admit()
-    waiters = [breaker.enlist() for _ in range(2000)]
-    for waiter in waiters[:-1]:
-        waiter.cancel()
-    probe.neutral()
-    assert waiters[-1].done()
+    assert third.done()
 
 
 def test_leaving_twice_or_as_a_stranger_does_no_harm(half_open):
@@ -544,13 +502,13 @@ def test_leaving_twice_or_as_a_stranger_does_no_harm(half_open):
     waiter = breaker.enlist()
     for each in (waiter, waiter, Future()):
         breaker.leave(each)
-    probe.neutral()
-    assert breaker.state == "half_open"
+    probe.success()
+    assert not waiter.done()
 
 
 def test_waiters_are_resolved_without_the_lock(half_open):
     """What hangs on a waiter may use the circuit, from any thread."""
-    breaker = half_open(successes_to_close=1)
+    breaker = half_open()
     seen = []
 
     def look(_):
@@ -569,66 +527,6 @@ def test_one_wait_is_news_once(clock):
     breaker = CircuitBreaker(CircuitPolicy(), clock=clock)
     assert [breaker.is_news(until) for until in (30.0, 30.0, 31.0, 29.0)] == [True, *[False] * 3]
     assert [breaker.is_news(until) for until in (31.5, 32.0, 32.6)] == [True, False, True]
-
-
-def waits_its_turn(breaker, act, *, leave_always):
-    """Wait until admitted, then `act` on the permit; like a call does."""
-    while (permit := breaker.try_admit()) is None:
-        waiter = breaker.enlist()
-        try:
-            yield waiter
-        finally:
-            if leave_always:
-                breaker.leave(waiter)
-    act(permit)
-    return True
-
-
-@pytest.mark.parametrize("leave_always", [True, False])
-def test_all_waiters_get_their_turn(crowd, half_open, leave_always):
-    """However probes end, nobody in line is forgotten."""
-    breaker = half_open(successes_to_close=40)
-    inside, most = 0, 0
-    endings = random.Random(1)
-
-    def act(permit):
-        nonlocal inside, most
-        if permit.probe:
-            inside += 1
-            most = max(most, inside)
-            inside -= 1
-        endings.choice([permit.success, permit.neutral])()
-
-    served = crowd([waits_its_turn(breaker, act, leave_always=leave_always) for _ in range(120)])
-    assert served == [True] * 120
-    assert most == 1
-
-
-async def test_cancelled_waiters_leave_the_others_their_turn(half_open):
-    """Half of those who wait are cancelled, some just after being called."""
-    breaker = half_open(successes_to_close=500)
-    served = []
-
-    async def wait(number):
-        while (permit := breaker.try_admit()) is None:
-            waiter = breaker.enlist()
-            try:
-                await asyncio.wrap_future(waiter)
-            finally:
-                breaker.leave(waiter)
-        await asyncio.sleep(0)
-        served.append(number)
-        permit.neutral()
-
-    first = breaker.admit()
-    tasks = [asyncio.create_task(wait(number)) for number in range(200)]
-    await asyncio.sleep(0)
-    first.neutral()
-    for task in tasks[::2]:
-        task.cancel()
-        await asyncio.sleep(0)
-    await asyncio.wait_for(asyncio.wait(tasks), PATIENCE)
-    assert set(range(1, 200, 2)) <= set(served)
 
 
 # Everything at once
@@ -659,8 +557,7 @@ def test_nothing_wears_out(crowd):
 
     crowd([caller(number) for number in range(30)])
     breaker.force_half_open()
-    for _ in range(2):
-        breaker.admit().success()
+    breaker.admit().success()
     assert breaker.closed
     for before, after in itertools.pairwise(events):
         assert before.at <= after.at
@@ -676,14 +573,13 @@ def test_nothing_wears_out(crowd):
 @pytest.mark.parametrize("state", ["closed", "open", "half_open"])
 @pytest.mark.parametrize("held", [False, True])
 def test_child_of_a_fork_goes_on(state, held):
-    """A lock that another thread held at the fork, a probe and a waiter stay behind."""
-    breaker = CircuitBreaker(CircuitPolicy(recovery_time=200.0, successes_to_close=1))
+    """A lock that another thread held at the fork, and a waiter, stay behind."""
+    breaker = CircuitBreaker(CircuitPolicy(recovery_time=200.0))
     if state != "closed":
         breaker.trip()
+        breaker.enlist()
     if state == "half_open":
         breaker.force_half_open()
-        breaker.admit()
-        breaker.enlist()
     locked, may_go = threading.Event(), threading.Event()
 
     def hold():

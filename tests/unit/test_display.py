@@ -190,7 +190,7 @@ def test_a_hostile_name_cannot_steer_a_terminal():
         ),
         (lambda b: b.force_open("tea"), "forced open for 0.0 s (tea), until auto() or reset()"),
         (lambda b: b.force_open("tea", 300), "forced open for 0.0 s (tea), for 5 min more"),
-        (lambda b: b.force_half_open(), "half open for 0.0 s, until probes have been answered"),
+        (lambda b: b.force_half_open(), "half open for 0.0 s, until a probe is answered"),
         (lambda b: b.force_open("tea", 0.5), "forced open for 0.0 s (tea), for 0.5 s more"),
         (
             lambda b: (b.trip("tea"), b.force_closed()),

@@ -10,7 +10,7 @@ import weakref
 import pytest
 
 from dspy_resilient.errors import CallRejectedError, LimitExceededError
-from dspy_resilient.limits import Limiter, RetryBudget
+from dspy_resilient.limits import Limiter
 from dspy_resilient.policies import LimitPolicy
 from dspy_resilient.testing.clock import Clock
 
@@ -258,17 +258,16 @@ def test_forked_child_starts_empty_and_unlocked():
         return 0.0
 
     limiter = limiter_for(clock, max_concurrent=1)
-    budget = RetryBudget()
     holder = threading.Thread(target=limiter.enter)
     mine = limiter.enter()
     holder.start()
     assert inside.wait(30)  # the holder is inside, with the lock
-    with budget._lock, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of threads, as it should
         child = os.fork()
         if child == 0:
             mine.leave()
-            fine = limiter.in_use == 0 and limiter.enter().granted and budget.take()
+            fine = limiter.in_use == 0 and limiter.enter().granted
             os._exit(0 if fine and limiter.in_use == 1 else 1)
     finish.set()
     holder.join()
@@ -279,8 +278,8 @@ def test_forked_child_starts_empty_and_unlocked():
 
 def test_fork_handling_keeps_nobody_alive():
     """A limiter that nobody uses any more is freed."""
-    limiter, budget = limiter_for(max_concurrent=1), RetryBudget()
-    gone = weakref.ref(limiter), weakref.ref(budget)
-    del limiter, budget
+    limiter = limiter_for(max_concurrent=1)
+    gone = weakref.ref(limiter)
+    del limiter
     gc.collect()
-    assert [ref() for ref in gone] == [None, None]
+    assert gone() is None
