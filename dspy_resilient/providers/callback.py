@@ -35,14 +35,15 @@ class Hook:
 
     Args:
         receive: Called with the event's keywords, answer, start and end, and whether it `succeeded`.
-        spares: Whether a call with these keywords needs no report of its success.
+        spares: Whether the call with this id needs no report of its success.
     """
 
-    def __init__(self, receive: Receive, spares: Callable[[Mapping[str, Any]], bool]) -> None:
+    def __init__(self, receive: Receive, spares: Callable[[object], bool]) -> None:
         self._receive = receive
         self._spares = spares
         self._litellm: Any = None
         self._logger: Any = None
+        self._chose_tokenizer = False
         self._changing = threading.Lock()
 
     @property
@@ -74,7 +75,14 @@ class Hook:
         )
 
     def register(self) -> None:
-        """Put the callback into each list that lacks it; needs `load`."""
+        """Put the callback into each list that lacks it; needs `load`.
+
+        Also, have LiteLLM count tokens without fetching a tokenizer from a model hub, unless the
+        user has chosen: behind a firewall the first stream of a Llama model would stall its event
+        loop for half a minute.
+        """
+        if self._litellm.disable_hf_tokenizer_download is None:
+            self._litellm.disable_hf_tokenizer_download = self._chose_tokenizer = True
         for name in _LISTS:
             callbacks = getattr(self._litellm, name)
             if isinstance(callbacks, list):
@@ -90,9 +98,11 @@ class Hook:
                 callbacks.append(self._logger)
 
     def unregister(self) -> None:
-        """Take the callback out of all lists."""
+        """Take the callback out of all lists, and leave LiteLLM as it was found."""
         if self._logger is None:
             return
+        if self._chose_tokenizer and self._litellm.disable_hf_tokenizer_download is True:
+            self._litellm.disable_hf_tokenizer_download, self._chose_tokenizer = None, False
         with self._changing:
             for name in _LISTS:
                 callbacks = getattr(self._litellm, name)
@@ -126,7 +136,7 @@ def successes_unreported() -> Iterator[None]:
             is_internal_call.reset(token)
 
 
-def _make_logger(base: Any, receive: Receive, spares: Callable[[Mapping[str, Any]], bool]) -> Any:
+def _make_logger(base: Any, receive: Receive, spares: Callable[[object], bool]) -> Any:
     class Logger(base):
         """LiteLLM passes these arguments by name, and drops the event if a name differs."""
 
@@ -161,7 +171,11 @@ def _make_logger(base: Any, receive: Receive, spares: Callable[[Mapping[str, Any
             call. (By that other mark it would keep failures of async calls to itself as well.)
             """
             account = kwargs.get("litellm_logging_obj")
-            if account is not None and not kwargs.get("stream") and spares(kwargs):
+            if (
+                account is not None
+                and not kwargs.get("stream")
+                and spares(kwargs.get("litellm_call_id"))
+            ):
                 account.defer_async_logging = True
             return None
 

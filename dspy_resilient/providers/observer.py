@@ -50,6 +50,7 @@ class AttemptWatch:
 
     Attributes:
         call_id: The attempt's name in LiteLLM: a UUID.
+        is_spared: Whether LiteLLM need not report its success.
         on_failure: Called with the evidence on the thread, and in the task, of the attempt, before
             the exception gets there. (Where a stream breaks half-way LiteLLM reports it when it
             gets round to it, on a thread of its own.) LiteLLM may yet find another way to an answer.
@@ -57,7 +58,7 @@ class AttemptWatch:
         service: Where it goes, by which an event without a tag is known.
     """
 
-    __slots__ = ("__weakref__", "call_id", "circuit", "on_failure", "service")
+    __slots__ = ("__weakref__", "call_id", "circuit", "is_spared", "on_failure", "service")
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class AttemptWatch:
         self.on_failure = on_failure
         self.circuit = circuit
         self.service = service
+        self.is_spared = False
 
     def made(self, event: CallbackEvent) -> bool:
         """Whether an event without a tag, in the context of this attempt, may be its own."""
@@ -166,10 +168,14 @@ class _Observer:
             others = (each for each in self._subscriptions if each is not subscription)
             self._subscriptions = tuple(others)
 
-    def spares_success(self, keywords: Mapping[str, Any]) -> bool:
-        """Whether LiteLLM need not report the success of a call with `keywords`: an attempt's."""
-        is_attempt = keywords.get("litellm_call_id") in self._sightings
-        return is_attempt and not self._subscriptions and not self.hook.is_heard(keywords)
+    def needs_no_success(self, keywords: Mapping[str, Any]) -> bool:
+        """Whether nobody hears of the success of an attempt with `keywords`."""
+        return not self._subscriptions and not self.hook.is_heard(keywords)
+
+    def spares_success(self, call_id: object) -> bool:
+        """Whether LiteLLM need not report the success of the call with this id: an attempt's."""
+        sighting = self._sightings.get(call_id) if isinstance(call_id, str) else None
+        return sighting is not None and sighting.is_spared
 
     def receive(self, kwargs: dict[str, Any], *facts: Any, succeeded: bool) -> None:
         """Hand an event of LiteLLM's to whom it concerns; never raises."""
@@ -286,9 +292,9 @@ def watch(
     sighting = _observer.sight(on_failure, circuit, service)
     token = None if by_keywords else _untagged.set(sighting)
     tags = sighting.tags(keywords) if by_keywords else {}
-    is_spared = is_sync and _observer.spares_success({**(keywords or {}), **tags})
+    sighting.is_spared = by_keywords and _observer.needs_no_success(keywords or {})
     try:
-        with successes_unreported() if is_spared else nullcontext():
+        with successes_unreported() if is_sync and sighting.is_spared else nullcontext():
             yield tags
     finally:
         sighting.close()
