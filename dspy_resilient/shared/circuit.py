@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 _SUCCESS, _FAILURE = Outcome.SUCCESS, Outcome.FAILURE
 
+_LONG_AGO = 5.0
+"""Seconds after which a call waits for news, though all was well when the store last said so."""
+
 
 def _tells_of_failure(verdicts: Sequence[CircuitVerdict]) -> bool:
     return any(each.outcome is _FAILURE for each in verdicts)
@@ -98,8 +101,10 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
             elif machine.passes:
                 if self._under_way is not None and _tells_of_failure(self._under_way.verdicts):
                     return self._arrives  # this verdict may be the one that opens it
-                needs = machine.failures > 0 or _tells_of_failure(self._outbox)
-                worth = needs or now - self._heard_at >= VIEW_AGE / 2
+                age = now - self._heard_at
+                trouble = machine.failures > 0 or _tells_of_failure(self._outbox)
+                needs = trouble or age >= _LONG_AGO
+                worth = needs or age >= VIEW_AGE / 2
             elif self._granted or machine.wait(now) > 0:
                 needs, worth = False, self.is_old
             else:
