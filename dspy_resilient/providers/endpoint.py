@@ -8,6 +8,7 @@ imported for it, and is not. What is resolved is remembered while nothing has ch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -69,7 +70,7 @@ class Place(NamedTuple):
     credential: str | None
 
 
-Role = Literal["credential", "url", "scope"]
+Role = Literal["credential", "url", "scope", "holder"]
 """What a setting says about a connection."""
 
 # Settings that hold others, of which a credential may be one.
@@ -146,17 +147,68 @@ def resolve(model: str, kind: str, settings: Mapping[str, Any], tenant: str | No
         settings: Those of client and call, merged as DSPy merges them.
         tenant: What stands for the credentials in their place, if the user has named them.
     """
-    given = [
-        (role, name, value if type(value) is str else _hashable(value))
+    module = litellm_so_far()
+    known = _known
+    if known.variables != _VARIABLES or len(module) != known.size:
+        known = _forget(module)
+    given = tuple(
+        [
+            each
+            for name, value in settings.items()
+            if _ROLES[name] is not None and value is not None
+            for each in (name, value)
+        ]
+    )
+    try:
+        names, places = known.found[model, kind, tenant, given]
+        return places[tuple(map(module.get, names))]
+    except (KeyError, TypeError):  # new, or with a value that has parts, as headers have
+        return _resolve(model, kind, tenant, settings, given)
+
+
+def _resolve(
+    model: str, kind: str, tenant: str | None, settings: Mapping[str, Any], given: tuple[Any, ...]
+) -> Place:
+    """Do so without what is remembered, and remember it, if it can be."""
+    said = [
+        (role, name, _hashable(value))
         for name, value in settings.items()
-        if (role := _ROLES[name]) is not None and value is not None
+        if value is not None and (role := _ROLES[name]) not in (None, "holder")
     ]
-    if not HOLDERS.isdisjoint(settings):
-        for name in HOLDERS & settings.keys():
-            given += _held(name, settings[name])
+    for name in HOLDERS & settings.keys():
+        said += _held(name, settings[name])
     has_url = bool(settings.get("api_base") or settings.get("base_url"))
     provider = _provider(model, settings.get("custom_llm_provider"), has_url=has_url)
-    return _place(model, kind, tenant, provider, _surroundings(provider), tuple(given))
+    known, module = _known, litellm_so_far()
+    names = _module_names(provider, len(module))
+    place = _place(model, kind, tenant, provider, _surroundings(known, provider), tuple(said))
+    if len(known.found) > 512:  # noqa: PLR2004  # keys that change with each call
+        known.found.clear()
+    with contextlib.suppress(TypeError):
+        _, places = known.found.setdefault((model, kind, tenant, given), (names, {}))
+        places[tuple(map(module.get, names))] = place
+    return place
+
+
+class _Known(NamedTuple):
+    """What has been resolved while the environment was as it is, and LiteLLM's module as large."""
+
+    variables: Mapping[Any, Any]
+    size: int
+    found: dict[tuple[Any, ...], tuple[tuple[str, ...], dict[tuple[Any, ...], Place]]]
+    around: dict[tuple[Any, ...], _Surroundings]
+
+
+_known = _Known({}, 0, {}, {})
+
+
+_VARIABLES: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)  # compares 20 times faster
+
+
+def _forget(module: Mapping[str, Any]) -> _Known:
+    global _known  # noqa: PLW0603  # replaced as a whole, so that it needs no lock
+    known = _known = _Known(dict(_VARIABLES), len(module), {}, {})
+    return known
 
 
 class _Roles(dict[str, Role | None]):
@@ -170,6 +222,8 @@ class _Roles(dict[str, Role | None]):
 def _role(name: str) -> Role | None:
     if name in _URLS:
         return "url"
+    if name in HOLDERS:
+        return "holder"
     words = _words(name)
     is_scope = not _SCOPES.isdisjoint(words) or words[-1:] == ["endpoint"]
     if name.lower() in _SCOPE_NAMES or (is_scope and not is_secret(name)):
@@ -271,26 +325,14 @@ class _Surroundings:
     credentials: Pairs
 
 
-_remembered: tuple[dict[Any, Any], dict[Any, _Surroundings]] = ({}, {})
-
-
-def _surroundings(provider: str) -> _Surroundings:
+def _surroundings(known: _Known, provider: str) -> _Surroundings:
     """Return what the environment and LiteLLM's module say to `provider`, or to any if it is ""."""
-    global _remembered  # noqa: PLW0603  # replaced as a whole, so that it needs no lock
-    variables = getattr(os.environ, "_data", os.environ)  # two dicts compare in 2 us, not in 40
     module = litellm_so_far()
-    settings = [module.get(name) for name in _module_names(provider, len(module))]
-    if settings[0] is not None:
-        settings[0] = repr(settings[0])
-    seen, found = _remembered
-    if variables != seen:
-        seen, found = _remembered = dict(variables), {}
-    key = (provider, *settings)
-    around = found.get(key)
+    names = _module_names(provider, len(module))
+    key = (provider, *(repr(value) if (value := module.get(name)) else "" for name in names))
+    around = known.around.get(key)
     if around is None:
-        if len(found) > 512:  # noqa: PLR2004  # providers that a caller makes up
-            found.clear()
-        around = found[key] = _look_around(provider, module)
+        around = known.around[key] = _look_around(provider, module)
     return around
 
 

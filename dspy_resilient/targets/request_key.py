@@ -6,7 +6,6 @@ as an HMAC. This module stores nothing, and a request it cannot describe has no 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -97,14 +96,22 @@ def request_key(
         return None
 
 
-@functools.lru_cache(maxsize=1024)
-def _counts(name: str) -> bool:
-    return name not in _LEFT_OUT and role_of(name) is None
+class _Counting(dict[str, bool]):
+    """Whether a setting of a name counts as such; it has a place of its own otherwise, or none."""
+
+    def __missing__(self, name: str) -> bool:
+        if len(self) > 4096:  # noqa: PLR2004  # names that a caller makes up
+            self.clear()
+        counts = self[name] = name not in _LEFT_OUT and role_of(name) in (None, "holder")
+        return counts
+
+
+_COUNTS = _Counting()
 
 
 def _settings(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     settings = {
-        name: value for name, value in kwargs.items() if value is not None and _counts(name)
+        name: value for name, value in kwargs.items() if value is not None and _COUNTS[name]
     }
     if not HOLDERS.isdisjoint(settings):
         for name in HOLDERS & settings.keys():
