@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from dspy_resilient._support.closable import ClosedAtEnd
 from dspy_resilient._support.fork import renew_after_fork
@@ -23,6 +23,9 @@ from dspy_resilient.policies import number, shown
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dspy.lm15 import Request, Response
+
+    from dspy_resilient.lm.entry import Messages
     from dspy_resilient.stats.stats import Stats
 
 _ME = "Clients"
@@ -142,6 +145,20 @@ class Clients(ClosedAtEnd, Mapping[str, ResilientLM]):
         """
         self[name].restart()
 
+    @overload
+    def request(
+        self,
+        name: str,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: float | None = 30.0,
+        **options: Any,
+    ) -> list[Any]: ...
+    @overload
+    def request(
+        self, name: str, prompt: Request, *, timeout: float | None = 30.0, **options: Any
+    ) -> Response: ...
     def request(
         self,
         name: str,
@@ -167,6 +184,25 @@ class Clients(ClosedAtEnd, Mapping[str, ResilientLM]):
         """
         return self._within(name, timeout)(prompt, messages=messages, **options)
 
+    @overload
+    async def arequest(
+        self,
+        name: str,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: float | None = 30.0,  # noqa: ASYNC109
+        **options: Any,
+    ) -> list[Any]: ...
+    @overload
+    async def arequest(
+        self,
+        name: str,
+        prompt: Request,
+        *,
+        timeout: float | None = 30.0,  # noqa: ASYNC109
+        **options: Any,
+    ) -> Response: ...
     async def arequest(
         self,
         name: str,

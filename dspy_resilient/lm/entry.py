@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import dspy
 from dspy.clients.lm import LM  # by reference: a program may put another class at dspy.LM
@@ -29,10 +29,16 @@ from dspy_resilient.targets.request_key import key_of
 from dspy_resilient.targets.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import TypeAlias
+
+    from dspy.lm15 import Request, Response
 
     from dspy_resilient.pipeline.client import ClientState
     from dspy_resilient.targets.fallbacks import Fallbacks
+
+if TYPE_CHECKING:
+    Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 _NEVER_CALLED = ("forward", "aforward")
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
@@ -71,6 +77,14 @@ class CallEntry(LM):
                 "complete(Request) -> Response"
             )
 
+    @overload
+    def __call__(self, *, request: Request, **kwargs: Any) -> Response: ...
+    @overload
+    def __call__(
+        self, prompt: str | None = None, *, messages: Messages | None = None, **kwargs: Any
+    ) -> list[Any]: ...
+    @overload
+    def __call__(self, prompt: Request, **kwargs: Any) -> Response: ...
     @_with_callbacks
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer as `dspy.LM` does, from the cache, an identical call under way, or a target.
@@ -84,6 +98,14 @@ class CallEntry(LM):
         call = self._begin("__call__", prompt, messages, kwargs)
         return self._run(call)
 
+    @overload
+    async def acall(self, *, request: Request, **kwargs: Any) -> Response: ...
+    @overload
+    async def acall(
+        self, prompt: str | None = None, *, messages: Messages | None = None, **kwargs: Any
+    ) -> list[Any]: ...
+    @overload
+    async def acall(self, prompt: Request, **kwargs: Any) -> Response: ...
     @_with_callbacks
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer as `__call__` does, on the running event loop; cancelling leaves nothing behind."""
@@ -93,14 +115,18 @@ class CallEntry(LM):
     if hasattr(LM, "generate"):  # from DSPy 3.5 on, what its adapters call
 
         @_with_callbacks
-        def generate(self, request: Any, **kwargs: Any) -> Any:
+        def generate(self, request: Request, **kwargs: Any) -> list[Response]:
             """Answer a typed request as `dspy.LM.generate` does, under the same policies."""
-            return self._run(self._begin("generate", request, None, kwargs))
+            responses: list[Response] = self._run(self._begin("generate", request, None, kwargs))
+            return responses
 
         @_with_callbacks
-        async def agenerate(self, request: Any, **kwargs: Any) -> Any:
+        async def agenerate(self, request: Request, **kwargs: Any) -> list[Response]:
             """Answer a typed request as `dspy.LM.agenerate` does, under the same policies."""
-            return await self._arun(self._begin("agenerate", request, None, kwargs))
+            responses: list[Response] = await self._arun(
+                self._begin("agenerate", request, None, kwargs)
+            )
+            return responses
 
     def _run(self, call: Call) -> Any:
         tracer = self._runtime.tracer

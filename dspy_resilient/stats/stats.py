@@ -134,7 +134,7 @@ class Stats:
     cost_saved: float = 0.0
     spent_by_target: Mapping[str, Spending] = field(default_factory=dict)
     latency: Latency = field(default_factory=Latency)
-    recent: Stats | None = field(default=None, compare=False, repr=False)
+    recent: Stats | Any = field(default=None, compare=False, repr=False)  # Any: `stats()` sets it
 
     @property
     def spent(self) -> Spending:

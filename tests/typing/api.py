@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import assert_type
+from typing import Any, assert_type
+
+from dspy.lm15 import Request, Response
 
 from dspy_resilient import (
     AllTargetsFailedError,
@@ -78,19 +80,18 @@ def look(lm: ResilientLM) -> str:
     assert_type(lm.deadline, float | None)
     assert_type(lm.cache_policy, CachePolicy)
     assert_type(lm.circuits, dict[str, CircuitBreaker])
-    assert_type(lm.circuit, CircuitBreaker | None)
-    if lm.circuit is not None:
-        assert_type(lm.circuit.state, CircuitState)
-        assert_type(lm.circuit.last_error, str | None)
-        assert_type(lm.circuit.open_remaining, float)
-        lm.circuit.trip("maintenance")
-        lm.circuit.force_open(seconds=60)
-        lm.circuit.reset()
+    assert_type(lm.circuit, CircuitBreaker | Any)  # no check for None where there is one
+    lm.circuit.trip("maintenance")
+    circuit: CircuitBreaker = lm.circuit
+    assert_type(circuit.state, CircuitState)
+    assert_type(circuit.last_error, str | None)
+    circuit.force_open(seconds=60)
+    circuit.reset()
     stats = lm.stats()
     assert_type(stats, Stats)
     assert_type(stats + stats, Stats)
     assert_type(stats - stats, Stats)
-    assert_type(stats.recent, Stats | None)
+    assert_type(stats.recent, Stats | Any)
     assert_type(stats.latency.p95, float | None)
     assert_type(stats.hits, int)
     assert_type(stats.skipped, Mapping[str, int])
@@ -98,9 +99,12 @@ def look(lm: ResilientLM) -> str:
     return lm.explain()
 
 
-def use(lm: ResilientLM) -> None:
+def use(lm: ResilientLM, request: Request) -> None:
     """Calls, copies, and the end."""
-    lm("Capital of France?", temperature=1.0, cache=False, rollout_id=1)
+    answers = lm("Capital of France?", temperature=1.0, cache=False, rollout_id=1)
+    assert_type(answers, list[Any])
+    assert_type(lm(request), Response)
+    assert_type(lm(request=request, cache=False), Response)
     assert_type(lm.copy(temperature=1.0, max_wait=0), ResilientLM)
     lm.clear_cache()
     lm.reset()
@@ -109,9 +113,10 @@ def use(lm: ResilientLM) -> None:
     lm.close()
 
 
-async def use_async(lm: ResilientLM) -> None:
+async def use_async(lm: ResilientLM, request: Request) -> None:
     """The same on an event loop."""
-    await lm.acall("Capital of France?")
+    assert_type(await lm.acall("Capital of France?"), list[Any])
+    assert_type(await lm.acall(request), Response)
     async with lm as same:
         assert_type(same, ResilientLM)
     await lm.aclose()
@@ -172,6 +177,7 @@ def named() -> None:
     with Clients(grace=5) as clients:
         assert_type(clients.start("fast", "openai/gpt-4o-mini", limits=8), ResilientLM)
         assert_type(clients["fast"], ResilientLM)
+        assert_type(clients.request("fast", "hello", timeout=5), list[Any])
         assert_type(clients.health(), dict[str, Health])
         assert_type(clients.health()["fast"].state, HealthState)
 
@@ -180,4 +186,5 @@ async def named_on_a_loop() -> None:
     """The same without blocking."""
     async with Clients() as clients:
         assert_type(clients, Clients)
+        assert_type(await clients.arequest("fast", "hello"), list[Any])
         await clients.astop("fast", grace=0)
