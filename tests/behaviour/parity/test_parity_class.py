@@ -367,5 +367,5 @@ def test_help_shows_what_a_user_can_use():
     }
     assert ours - set(dir(dspy.LM)) == {
         *("name", "cache_policy", "circuit", "circuits", "stats", "explain", "health"),
-        *("clear_cache", "reset", "restart"),
+        *("budget", "clear_cache", "reset", "restart"),
     }
