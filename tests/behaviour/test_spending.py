@@ -258,3 +258,23 @@ def test_the_last_minute_has_its_own_bill(priced, ask):
     assert stats.recent.spent == stats.spent
     lm.reset()
     assert not lm.stats().spent
+
+
+def test_opentelemetry_counts_it_too(priced):
+    """By client and target, as Prometheus does."""
+    metrics = pytest.importorskip("opentelemetry.sdk.metrics")
+    export = pytest.importorskip("opentelemetry.sdk.metrics.export")
+    from dspy_resilient.observe.otel import instrument
+
+    lm, reader = priced(), export.InMemoryMetricReader()
+    meters = metrics.MeterProvider([reader], shutdown_on_exit=False)
+    with instrument(lm, meter_provider=meters):
+        lm("some words")
+        points = {
+            metric.name: [getattr(point, "value", None) for point in metric.data.data_points]
+            for resource in reader.get_metrics_data().resource_metrics
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+        }
+    assert points["dspy_resilient.dollars_spent"] == [pytest.approx(bill(lm))]
+    assert points["dspy_resilient.prompt_tokens"] == [2]
