@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import socket
 import ssl
 import subprocess
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import dspy
 import pytest
@@ -270,6 +273,91 @@ def test_a_cluster_has_all_of_one_verb_on_one_node(provider, make, mortal, patie
     assert len({client.cluster("KEYSLOT", key) for key in client.keys("*:cache*")}) == 1
     assert not kinds(told, StoreLost)
     cluster.close(), client.close()
+
+
+def test_a_cluster_of_three_nodes_goes_on_when_one_of_them_ends(
+    provider, make, mortal, patient, ask
+):
+    """Circuits, pauses, rates and answers lie on whichever node their key says, and are found there."""
+    servers = []
+    for number in range(3):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            bus = free.getsockname()[1]
+        servers.append(mortal("--cluster-enabled", "yes", "--cluster-port", str(bus),
+                              "--cluster-require-full-coverage", "no"))  # fmt: skip
+        first, last = number * 5462, min(number * 5462 + 5461, 16383)
+        client = servers[-1].client()
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
+        client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        if number:
+            buses = servers[0].options[servers[0].options.index("--cluster-port") + 1]
+            client.execute_command("CLUSTER", "MEET", "127.0.0.1", servers[0].port, buses)
+        client.close()
+    for server in servers:
+        client = server.client()
+        until(lambda each=client: each.cluster("INFO")["cluster_state"] == "ok")
+        until(lambda each=client: each.cluster("INFO")["cluster_known_nodes"] == "3")
+        client.close()
+    cluster = redis.RedisCluster("127.0.0.1", servers[0].port)
+    pairs = [
+        [make(shared=cluster, **{**ALL, "name": f"client {number}"}) for _ in range(2)]
+        for number in range(12)
+    ]
+    for here, there in pairs:
+        assert ask(here, "q") == ask(there, "q") == ["Paris"]
+        here.circuit.force_open("maintenance")
+    assert provider.count == 12
+    for _, there in pairs:
+        until(lambda lm=there: _refused(ask, lm))
+    clients = [server.client() for server in servers]
+    held = [len(client.keys("dspy_resilient:*")) for client in clients]
+    assert all(count > 0 for count in held), held
+    for client in clients:
+        client.close()
+    servers[2].kill()
+    for here, _ in pairs:
+        here.circuit.auto()
+        here.circuit.reset()
+        until(lambda lm=here: ask(lm, f"{time.monotonic()}") == ["Paris"])
+    cluster.close()
+
+
+ACL = Path(__file__).parents[2] / "docs" / "how-to" / "many-processes.md"
+
+
+def test_the_permissions_in_the_documentation_are_enough(provider, make, mortal, patient, ask):
+    """A user with nothing but them shares everything; without one of them no call fails."""
+    (rule,) = re.findall(r"^ACL SETUSER worker (.*)$", ACL.read_text(), flags=re.MULTILINE)
+    server, told = mortal(), []
+    client = server.client()
+    client.execute_command("ACL", "SETUSER", "worker", *rule.split())
+    address = server.url.replace("//", "//worker:a-long-password@")
+    here, there = (make(shared=address, on_event=told.append, **ALL) for _ in range(2))
+    assert ask(here, "q") == ask(there, "q") == ["Paris"]
+    assert provider.count == 1
+    here.circuit.force_open("maintenance")
+    until(lambda: _refused(ask, there))
+    assert not kinds(told, StoreLost)
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        redis.Redis.from_url(address).get("another program's key")
+    client.execute_command("ACL", "SETUSER", "worker", "-evalsha")
+    here.circuit.reset()
+    assert ask(here, "another") == ["Paris"]
+    client.close()
+
+
+@pytest.mark.parametrize("policy", ["noeviction", "allkeys-lru", "volatile-ttl"])
+def test_a_store_without_room_fails_no_call(provider, make, mortal, patient, ask, policy):
+    """It refuses (noeviction) or forgets: a miss, or a client on its own, and never an error."""
+    server = mortal("--maxmemory", "3mb", "--maxmemory-policy", policy)
+    client = server.client()
+    lm = make(shared=server.url, **ALL)
+    for number in range(60):
+        with suppress(redis.exceptions.ResponseError):
+            client.set(f"filler {number}", os.urandom(100_000), ex=3600)
+        assert ask(lm, f"{number}") == ["Paris"]
+    assert provider.count == 60
+    client.close()
 
 
 @pytest.fixture
