@@ -79,21 +79,21 @@ class ResilientLM(ClosedAtEnd, Copyable):
             end. 0 fails fast; default 15.
         retry: A `RetryPolicy`.
         limits: A `LimitPolicy`, or an int: the most attempts at a time. Default None: no limit.
-        fallbacks: Where a call goes when the primary cannot answer, in order: model names,
-            `dspy.LM`s, `ResilientLM`s, or dicts of `dspy.LM` arguments. What one of them cannot do
-            (tools, structured output, reasoning) programs do without, so that it may answer any
-            call; the log says so when a program first asks, since only LiteLLM knows.
-        context_window_fallbacks: Where a call goes whose prompt is too long for a model, in the
-            same forms. If none of them answers, ContextWindowExceededError is raised as it was.
-        policy_fallbacks: Where a call goes that a content filter refuses, or whose answer it holds
-            back, in the same forms. If none does better, error or answer stay as they were.
+        fallbacks: Models to ask when the primary cannot answer, in this order: model names,
+            `dspy.LM`s, `ResilientLM`s, or dicts of `dspy.LM` arguments. A program does not use
+            tools, structured output or native reasoning if one of these models cannot, because
+            that model may have to answer. The log says so once.
+        context_window_fallbacks: Models to ask when a prompt is too long, in the same forms. If
+            none answers, the caller gets the primary's ContextWindowExceededError.
+        policy_fallbacks: Models to ask when a content filter refuses a prompt or holds back an
+            answer, in the same forms. If none answers, the caller gets the primary's result.
         deadline: Seconds for the whole call, waits and retries included. Default None: no limit.
         on_event: Called with every event (see `events`), in order; its errors are logged once.
-        shared: Where clients of the same name share their circuits, with the same
-            `api_key` the pause after a 429 and the `rpm` and `tpm` of their limits, and with
-            `CachePolicy(shared=True)` their answers: the address of a Redis or Valkey server
-            ("redis://", "rediss://" or "valkey://", `?namespace=` keeps environments apart), a
-            client for one, or a `shared.Store`. Default None: nothing is shared.
+        shared: A store that clients of the same name use together: the address of a Redis or Valkey
+            server ("redis://", "rediss://" or "valkey://", `?namespace=` keeps environments apart),
+            a client for one, or a `shared.Store`. They share circuits; those with the same
+            credential also share 429 pauses, `rpm` and `tpm`; with `CachePolicy(shared=True)`
+            answers too. Default None: nothing is shared.
         **kwargs: Provider settings, as for `dspy.LM`.
 
     Raises:
