@@ -212,6 +212,9 @@ class CircuitBreaker(WaitQueue, Wrapping):
             permit.reported = True
             generation, began = permit.generation, permit.started_at
             if outcome is _SUCCESS and generation != NO_GENERATION:
+                if machine.is_quiet:
+                    machine.note_success()
+                    return
                 now = self._clock()
                 machine.succeed(now, began, slow=self._is_slow(now - began))
             elif outcome is _FAILURE and generation == machine.generation:
@@ -339,11 +342,6 @@ class CircuitBreaker(WaitQueue, Wrapping):
     def failure_count(self) -> int:
         """Failures in a row: since the last success, or those that opened it."""
         return self._machine.failures
-
-    @property
-    def answered_at(self) -> float:
-        """The clock's reading when the youngest attempt that was answered began; -inf for none."""
-        return self._machine.answered_at
 
     @property
     def rejected(self) -> int:

@@ -165,7 +165,6 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
             permit.reported = True
             machine, began = self._machine, permit.started_at
             if outcome is _SUCCESS and permit.generation != NO_GENERATION:
-                machine.answered_at = max(machine.answered_at, began)
                 self._count_success(began, slow=self._is_slow(self._clock() - began))
                 is_news = not machine.passes and began >= machine.run_began
             elif outcome is _FAILURE and permit.generation == machine.generation:

@@ -722,24 +722,6 @@ def test_answers_of_an_earlier_closed_time_count(make, clock):
     assert breaker.failure_count == 0
 
 
-def test_the_youngest_answered_attempt_is_known(make, clock):
-    """Whoever asks whether the provider has answered what was sent since some moment."""
-    breaker = make()
-    assert breaker.answered_at == -math.inf
-    slow = breaker.admit()
-    clock.advance(5)
-    quick = breaker.admit()
-    clock.advance(1)
-    quick.success()
-    assert breaker.answered_at == 1005
-    slow.success()
-    assert breaker.answered_at == 1005
-    open_up(breaker)
-    clock.advance(1)
-    fail(breaker)
-    assert breaker.answered_at == 1005
-
-
 # Permits
 
 
