@@ -12,8 +12,6 @@ from concurrent.futures import CancelledError
 from contextlib import aclosing
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from functools import wraps
-from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +52,19 @@ def package_policy(owner: Any, failure_threshold: Any, recovery_timeout: Any) ->
     )
 
 
+class _Decorator(circuitbreaker.CircuitBreaker):
+    """Decorates as the package does, and leaves it to `circuit` which calls are refused."""
+
+    opened = False
+
+    def __init__(self, circuit: Wrapping) -> None:
+        self._name = circuit.name
+        self.call = circuit.call
+        self.call_async = circuit.call_async
+        self.call_generator = circuit.call_generator
+        self.call_async_generator = circuit.call_async_generator
+
+
 class Wrapping(circuitbreaker.CircuitBreaker):
     """A `circuitbreaker.CircuitBreaker` that asks before each call and reports after it.
 
@@ -62,6 +73,10 @@ class Wrapping(circuitbreaker.CircuitBreaker):
     `expected_exception` covers. Anything else is neutral: other exceptions, our own refusals,
     cancellation, Ctrl-C, a consumer that stops iterating. A generator's call lasts from its first
     item to its end.
+
+    The package decorates; asking and reporting are ours, for its own `with self` could neither hand a
+    call that is refused at the last moment to the fallback, nor carry a permit from one context to
+    another, as generators need.
 
     The package's form (no policy: `failure_threshold`, `recovery_timeout`, `expected_exception`,
     `name`, `fallback_function`, each None for the class attribute) behaves as the package
@@ -72,7 +87,7 @@ class Wrapping(circuitbreaker.CircuitBreaker):
     - a result from before the circuit opened neither closes it nor keeps it open longer;
     - 0 is refused with a ValueError, not replaced by the default;
     - `with breaker:` and `call()` ask, and so may raise `CircuitOpenError`;
-    - an abandoned generator is neutral at once; `send`, `throw` and the result reach a generator;
+    - an abandoned generator is neutral; `send` and `throw` reach a generator;
     - a name is made unique ("name-2"), so that no breaker hides another in the monitor, which holds
       a weak proxy (equal to the breaker, not identical) until the breaker is gone;
     - `last_failure` is a redacted text, and `open_remaining` is exact and 0.0 unless open.
@@ -80,6 +95,8 @@ class Wrapping(circuitbreaker.CircuitBreaker):
     A `with breaker:` block must be left by the thread or task that entered it, innermost first.
     Where that is not sure (a block around a `yield`), use the decorator, or `breaker.admit()`.
     """
+
+    _entries: dict[str, Any] = circuitbreaker.CircuitBreakerMonitor.circuit_breakers
 
     @abstractmethod
     def try_admit(self) -> Permit | None:
@@ -156,44 +173,14 @@ class Wrapping(circuitbreaker.CircuitBreaker):
         finally:
             permit.neutral()  # unless reported: the error is not expected, or the predicate raised
 
-    def decorate(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(self, function: Callable[..., Any]) -> Any:
         """Return `function` guarded by this circuit; it names a circuit that has no name."""
         if self.name is None:
             self._enter_monitor(getattr(function, "__qualname__", type(function).__qualname__))
-        if isasyncgenfunction(function):
-            return self._decorate_async_generator(function)
-        if iscoroutinefunction(function):
-            return self._decorate_coroutine(function)
-        if isgeneratorfunction(function):
-            return self._decorate_generator(function)
-
-        @wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            return self.call(function, *args, **kwargs)
-
-        return guarded
-
-    def _decorate_coroutine(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        async def guarded(*args: Any, **kwargs: Any) -> Any:
-            return await self.call_async(function, *args, **kwargs)
-
-        return guarded
-
-    def _decorate_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-            return (yield from self.call_generator(function, *args, **kwargs))
-
-        return guarded
-
-    def _decorate_async_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
-            async with aclosing(self.call_async_generator(function, *args, **kwargs)) as items:
-                async for item in items:
-                    yield item
-
+        guarded = _Decorator(self).decorate(function)
+        self._entries[str(self.name)] = (
+            self._entry
+        )  # where the package has registered the decorator
         return guarded
 
     def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -287,7 +274,7 @@ class Wrapping(circuitbreaker.CircuitBreaker):
 
     def _enter_monitor(self, name: str) -> None:
         """Take `name`, or the first free variation of it, and be found under it while alive."""
-        entries: dict[str, Any] = circuitbreaker.CircuitBreakerMonitor.circuit_breakers
+        entries = self._entries
         for unique in chain([name], (f"{name}-{n}" for n in count(2))):
 
             def remove(dead: Any, unique: str = unique) -> None:
@@ -296,5 +283,5 @@ class Wrapping(circuitbreaker.CircuitBreaker):
 
             entry = weakref.proxy(self, remove)
             if entries.setdefault(unique, entry) is entry:
-                self._name = unique
+                self._name, self._entry = unique, entry
                 return
