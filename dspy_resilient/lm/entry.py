@@ -16,6 +16,7 @@ from dspy.clients.lm import LM  # by reference: a program may put another class 
 from dspy.utils.callback import with_callbacks
 
 from dspy_resilient.events import CallFinished, log_failure
+from dspy_resilient.lm import mlflow_span
 from dspy_resilient.lm.history import entry_of_hit
 from dspy_resilient.lm.options import check_call_options
 from dspy_resilient.lm.saving import check_credentials
@@ -226,7 +227,7 @@ class CallEntry(LM):
         answer = served.answer
         if served.hit:
             self._record_hit(call, served)
-        self._finished(call, started, hit=served.hit)
+        self._finished(call, started, served=served)
         outputs = answer.fresh_outputs()
         if not answer.key or served.hit or not isinstance(outputs, list):
             return outputs
@@ -251,8 +252,15 @@ class CallEntry(LM):
             super().update_history(entry)
 
     def _finished(
-        self, call: Call, started: float, *, hit: bool = False, error: BaseException | None = None
+        self,
+        call: Call,
+        started: float,
+        *,
+        served: Served | None = None,
+        error: BaseException | None = None,
     ) -> None:
+        if mlflow_span.is_open():
+            mlflow_span.describe(call, served)
         runtime = self._runtime
         if error is not None:
             runtime.tally.add("errors")
@@ -263,7 +271,7 @@ class CallEntry(LM):
                 CallFinished,
                 seconds=runtime.clock() - started,
                 attempts=len(call.attempts),
-                cache_hit=hit,
+                cache_hit=served is not None and served.hit,
                 error=type(error).__name__ if error is not None else None,
             )
 

@@ -32,6 +32,25 @@ _CLEAN = {STATE_KEY, "engine", "async_engine"}  # an engine's state holds no sec
 
 # Whose libraries look for credentials beyond the environment: profiles, roles, metadata servers.
 _LOOKS_FURTHER = ("bedrock", "sagemaker", "vertex_ai")
+# The variables that LiteLLM reads, by setting and, for `api_key`, by provider.
+_VARIABLES = {
+    "aws_access_key_id": "AWS_ACCESS_KEY_ID",
+    "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY",
+    "aws_session_token": "AWS_SESSION_TOKEN",
+    "azure_ad_token": "AZURE_AD_TOKEN",
+}
+_API_KEYS = {
+    **{
+        name: f"{name.upper()}_API_KEY"
+        for name in (
+            *("anthropic", "azure", "cerebras", "cohere", "deepseek", "fireworks_ai", "gemini"),
+            *("groq", "huggingface", "mistral", "nvidia_nim", "openai", "openrouter"),
+            *("replicate", "xai"),
+        )
+    },
+    "perplexity": "PERPLEXITYAI_API_KEY",
+    "together_ai": "TOGETHERAI_API_KEY",
+}
 # Where the variables of a provider begin otherwise than its name does.
 _ALSO_CALLED = {
     "cohere": "CO_",
@@ -186,11 +205,26 @@ def check_credentials(lm: Any, given: dict[str, Any]) -> None:
     if missing:
         raise dspy.LMConfigurationError(
             f"{', '.join(missing)} was not saved with this LM, because a saved program holds no "
-            f"credential; set {provider.upper()}_{missing[0].upper()} in the environment, or pass it "
-            "again (to a call or to lm.copy)",
+            f"credential; {_advice(missing, provider)}",
             model=lm.model,
             provider=provider,
         )
+
+
+def _advice(missing: list[str], provider: str) -> str:
+    """Say what can be done about each: a variable is named only if LiteLLM reads it."""
+    read = {name: variable for name in missing if (variable := _variable(name, provider))}
+    given = [name for name in missing if name not in read]
+    ways = [f"set {' and '.join(read.values())} in the environment"] if read else []
+    if read and not given:
+        return f"{ways[0]}, or pass it again (to a call or to lm.copy)"
+    return " and ".join([*ways, f"pass {' and '.join(given)} again (to a call or to lm.copy)"])
+
+
+def _variable(name: str, provider: str) -> str | None:
+    if name in _VARIABLES:
+        return _VARIABLES[name]
+    return _API_KEYS.get(provider) if name == "api_key" else None
 
 
 def _is_set(name: str, provider: str) -> bool:

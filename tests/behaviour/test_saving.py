@@ -741,3 +741,28 @@ def test_a_child_does_not_wait_for_a_call_of_its_parent(provider, make):
         hold.release()
         leader.join(20)
     assert provider.count == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "advice"),
+    [
+        ("openai/m", {"api_key": "k"}, "set OPENAI_API_KEY in the environment, or pass it again"),
+        ("together_ai/m", {"api_key": "k"}, "set TOGETHERAI_API_KEY in the environment"),
+        ("made_up/m", {"api_key": "k"}, "credential; pass api_key again"),
+        ("openai/m", {"extra_headers": {"authorization": "s"}}, "credential; pass extra_headers"),
+        ("azure/m", {"azure_ad_token": "t"}, "set AZURE_AD_TOKEN in the environment"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_advice_about_a_lost_credential_names_only_what_helps(monkeypatch, model, settings, advice):
+    """A variable if LiteLLM reads it; headers and the like have to be passed again."""
+    for name in list(os.environ):
+        if name.endswith(("_API_KEY", "_TOKEN")):
+            monkeypatch.delenv(name)
+    with (
+        ResilientLM(model, **settings) as lm,
+        pickle.loads(pickle.dumps(lm)) as rebuilt,
+        pytest.raises(dspy.LMConfigurationError) as caught,
+    ):
+        rebuilt("q")
+    assert advice in str(caught.value)

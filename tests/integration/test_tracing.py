@@ -7,6 +7,7 @@ import functools
 import json
 import subprocess
 import sys
+import warnings
 
 import dspy
 import pytest
@@ -187,3 +188,50 @@ def test_installed_before_or_after_our_import(provider, when, how):
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == ["LM.__call__", "LM.acall"], done.stderr
+
+
+@pytest.fixture
+def mlflow(tmp_path, monkeypatch):
+    """MLflow's tracing of DSPy, at work for one test, into a folder of its own."""
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
+    with warnings.catch_warnings(action="ignore"):
+        module = pytest.importorskip("mlflow")
+        pytest.importorskip("mlflow.dspy", exc_type=ImportError)  # it needs pandas
+
+        module.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+        before = dict(dspy.settings.config)
+        module.dspy.autolog(silent=True)
+        yield module
+        module.dspy.autolog(disable=True, silent=True)
+    dspy.configure(callbacks=before["callbacks"], track_usage=before["track_usage"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_shows_hits_attempts_and_who_answered(mlflow, provider, make, ask):
+    """As attributes of the one span of a call, whose trace `autolog` keeps."""
+    provider.script(Status(500))
+    lm = make(retry=QUICK)
+    seen = []
+    for prompt in ("q", "q"):
+        ask(lm, prompt)
+        trace = mlflow.get_trace(mlflow.get_last_active_trace_id())
+        (span,) = trace.data.spans
+        assert span.name == "ResilientLM.__call__"
+        seen.append({n: v for n, v in span.attributes.items() if n.startswith("dspy_resilient.")})
+    target = lm.history[0]["attempts"][-1].target
+    about = {"dspy_resilient.client": "openai/test", "dspy_resilient.target": target}
+    assert seen == [
+        about
+        | {
+            "dspy_resilient.cache_hit": False,
+            "dspy_resilient.attempts": 2,
+            "dspy_resilient.outcomes": [f"{target}: failure", f"{target}: answer"],
+        },
+        about
+        | {
+            "dspy_resilient.cache_hit": True,
+            "dspy_resilient.attempts": 0,
+            "dspy_resilient.outcomes": [],
+        },
+    ]
