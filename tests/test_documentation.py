@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import json
 import logging
 import pkgutil
 import re
@@ -72,6 +73,19 @@ def test_every_page_is_in_the_navigation():
     """A page that a reader cannot find is not written."""
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+
+
+@pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
+)
+def test_a_notebook_shows_what_it_does_without_being_run(notebook):
+    """It is committed with its outputs, of one run from top to bottom, and none is an error."""
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert len(outputs) >= 3
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert "/tmp/" not in json.dumps(outputs)
 
 
 def test_every_error_has_its_way_out():
