@@ -128,7 +128,7 @@ class Limiter:
                         self._foresee()
             self._resolve(woken)
         except BaseException:  # Ctrl-C
-            slot.leave(sent=False)
+            slot.release(sent=False)
             raise
         if refusal is not None:
             raise refusal
@@ -168,8 +168,8 @@ class Limiter:
         return not was_told
 
     @needs_intact_state
-    def leave(self, departure: Departure) -> None:
-        """Perform `Slot.leave`: note it, and let whoever holds the lock apply it."""
+    def release(self, departure: Departure) -> None:
+        """Perform `Slot.release`: note it, and let whoever holds the lock apply it."""
         self._departures.append(departure)
         self._settle()
 
@@ -260,9 +260,9 @@ class Limiter:
         """Take a slot out of the queue or off its place; requires the lock."""
         slot, used, sent, throttled, slow, ok = departure
         state = slot.state
-        if state is State.LEFT or slot.places is not self._leases:
+        if state is State.RELEASED or slot.places is not self._leases:
             return
-        slot.state = State.LEFT
+        slot.state = State.RELEASED
         if state is State.QUEUED:
             self._unqueue(slot)
             return

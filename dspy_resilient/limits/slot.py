@@ -31,13 +31,13 @@ class State(enum.Enum):
     QUEUED = enum.auto()
     OFFERED = enum.auto()
     GRANTED = enum.auto()
-    LEFT = enum.auto()
+    RELEASED = enum.auto()
 
 
 class Slot:
     """One attempt's place: in the queue at first, then among the attempts under way.
 
-    A `with` block leaves it at the end. One caller waits on it; any thread may leave it.
+    A `with` block releases it at the end. One caller waits on it; any thread may release it.
 
     Example:
         >>> from dspy_resilient.limits import Limiter
@@ -46,7 +46,7 @@ class Slot:
         >>> first, second = limiter.enter(), limiter.enter()
         >>> first.granted, second.granted
         (True, False)
-        >>> first.leave()
+        >>> first.release()
         >>> second.future.done(), second.poll()
         (True, True)
 
@@ -90,7 +90,7 @@ class Slot:
         """Look again whether it is this slot's turn, and return `granted`."""
         return self.state is State.GRANTED or self._limiter.poll(self)
 
-    def leave(
+    def release(
         self,
         *,
         tokens: float | None = None,
@@ -112,7 +112,7 @@ class Slot:
             slow: Whether it answered, but slowly.
             ok: Whether it answered well. Any other failure teaches an adaptive limit nothing.
         """
-        self._limiter.leave(Departure(self, tokens, sent, throttled, slow, ok))
+        self._limiter.release(Departure(self, tokens, sent, throttled, slow, ok))
 
     def __enter__(self) -> Self:
         """Return the slot as it is, granted or not."""
@@ -125,11 +125,11 @@ class Slot:
         traceback: TracebackType | None,
     ) -> None:
         """Leave; the answer was good if nothing was raised."""
-        self.leave(ok=kind is None)
+        self.release(ok=kind is None)
 
 
 class Departure(NamedTuple):
-    """What `Slot.leave` was told."""
+    """What `Slot.release` was told."""
 
     slot: Slot
     tokens: float | None

@@ -131,7 +131,7 @@ def _take_slot(
                 yield from _queue(call, client, route, limiter, slot)
             if slot.granted:
                 break
-            slot.leave(sent=False)  # the client was restarted: queue anew
+            slot.release(sent=False)  # the client was restarted: queue anew
     except BaseException as error:
         _release(gate_permit, slot)
         if isinstance(error, LimitExceededError):
@@ -184,7 +184,7 @@ def _release(
     if funds is not None:
         funds.release()
     if slot is not None:
-        slot.leave(sent=False)
+        slot.release(sent=False)
     gate_permit.release()
     if admission is not None:
         admission.withdraw()

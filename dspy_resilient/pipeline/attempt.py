@@ -327,7 +327,7 @@ class Attempt:
         self._admission.answered()
         self._gate_permit.answered()
         if self._slot is not None:
-            self._slot.leave(tokens=_tokens(self.record), slow=self.route.is_slow(self.seconds))
+            self._slot.release(tokens=_tokens(self.record), slow=self.route.is_slow(self.seconds))
 
     def settle(self, error: BaseException) -> Verdict:
         """Return the verdict on `error`, reporting it the first time; later calls change nothing.
@@ -391,7 +391,7 @@ class Attempt:
         else:
             self._gate_permit.release()
         if self._slot is not None:
-            self._slot.leave(tokens=0 if throttled else None, throttled=throttled, ok=False)
+            self._slot.release(tokens=0 if throttled else None, throttled=throttled, ok=False)
 
     def leave_behind(self) -> DeadlineExceededError:
         """Return the error for a caller who gives up while the request goes on.

@@ -218,7 +218,7 @@ class LimiterMachine(RuleBasedStateMachine):
             self.charge(-1, -caller.tokens)
         else:
             self.queue.remove(caller)
-        caller.slot.leave(sent=sent)
+        caller.slot.release(sent=sent)
         self.gone.append(caller)
         self.advance()
 
@@ -234,7 +234,7 @@ class LimiterMachine(RuleBasedStateMachine):
         caller = self.granted[which % len(self.granted)]
         ok = ending in ("ok", "slow")
         signal = {"throttled": ending == "throttled", "slow": ending == "slow", "ok": ok}
-        caller.slot.leave(tokens=used, sent=sent, **signal)
+        caller.slot.release(tokens=used, sent=sent, **signal)
         self.granted.remove(caller)
         self.gone.append(caller)
         if not sent:
@@ -249,7 +249,7 @@ class LimiterMachine(RuleBasedStateMachine):
     def leave_again(self, which):
         """A second leave changes nothing but that somebody has come by."""
         if self.gone:
-            self.gone[which % len(self.gone)].slot.leave(tokens=99, throttled=True)
+            self.gone[which % len(self.gone)].slot.release(tokens=99, throttled=True)
             self.advance()
 
     @rule(seconds=st.sampled_from([0.001, 0.25, 1.0, 5.0, 17.3, 600.0]))
@@ -285,7 +285,7 @@ class LimiterMachine(RuleBasedStateMachine):
         if not hasattr(self, "limiter"):
             return
         for caller in self.queue + self.offered + self.granted:
-            caller.slot.leave(ok=False)
+            caller.slot.release(ok=False)
         assert (self.limiter.in_use, self.limiter.queued) == (0, 0)
         self.clock.advance(1e9)
         limit = self.limiter.limit or 1000

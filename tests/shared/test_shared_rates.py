@@ -303,7 +303,7 @@ class Simulation:
 
     def look(self, slot):
         if slot.granted and self.pick.random() < 0.05:
-            slot.leave(sent=False)  # the circuit refuses
+            slot.release(sent=False)  # the circuit refuses
         elif slot.granted:
             self.sent.append(self.now())
             self.in_flight.append((self.now() + self.pick.random() / 5, slot))
@@ -323,7 +323,7 @@ class Simulation:
                 link.ask()
         for each in [each for each in self.in_flight if each[0] <= now]:
             self.in_flight.remove(each)
-            each[1].leave(tokens=self.pick.choice([None, each[1].tokens // 2]))
+            each[1].release(tokens=self.pick.choice([None, each[1].tokens // 2]))
         for each in list(self.waiting):
             slot, future, due = each
             if future.done() or due <= now:
@@ -332,7 +332,7 @@ class Simulation:
                 self.look(slot)
             elif self.pick.random() < 0.001:
                 self.waiting.remove(each)
-                slot.leave(sent=False)  # cancelled
+                slot.release(sent=False)  # cancelled
         moments = [at for at, _ in self.trips + self.in_flight]
         moments += [due for _, future, due in self.waiting if not future.done()]
         moments += [now + VIEW_AGE] if self.watched else []

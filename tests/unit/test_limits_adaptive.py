@@ -14,7 +14,7 @@ def adaptive(max_concurrent=None):
 
 def succeed(limiter, times):
     for _ in range(times):
-        limiter.enter().leave()
+        limiter.enter().release()
 
 
 def test_without_limit_everybody_goes():
@@ -42,7 +42,7 @@ def test_adaptive_limit_starts_at_the_given_number():
 def test_429_halves_the_limit():
     """A throttled attempt halves the limit."""
     limiter = adaptive()
-    limiter.enter().leave(throttled=True, ok=False)
+    limiter.enter().release(throttled=True, ok=False)
     assert limiter.limit == 8
 
 
@@ -50,7 +50,7 @@ def test_simultaneous_429s_halve_the_limit_once():
     """Sixteen attempts refused together are one sign, not sixteen."""
     limiter = adaptive()
     for slot in [limiter.enter() for _ in range(16)]:
-        slot.leave(throttled=True, ok=False)
+        slot.release(throttled=True, ok=False)
     assert limiter.limit == 8
 
 
@@ -58,7 +58,7 @@ def test_429_of_the_next_round_halves_again():
     """An attempt begun under the new limit speaks about the new limit."""
     limiter = adaptive()
     for expected in (8, 4, 2, 1, 1):
-        limiter.enter().leave(throttled=True, ok=False)
+        limiter.enter().release(throttled=True, ok=False)
         assert limiter.limit == expected
 
 
@@ -66,9 +66,9 @@ def test_slow_answers_lower_the_limit_by_a_fifth_once_a_round():
     """A slow answer costs a fifth of the limit; those begun before the cut count no more."""
     limiter = adaptive(max_concurrent=10)
     for slot in [limiter.enter() for _ in range(10)]:
-        slot.leave(slow=True)
+        slot.release(slow=True)
     assert limiter.limit == 8
-    limiter.enter().leave(slow=True)
+    limiter.enter().release(slow=True)
     assert limiter.limit == 6
 
 
@@ -77,7 +77,7 @@ def test_limit_never_falls_below_one(signal):
     """However bad it gets, one attempt at a time remains possible."""
     limiter = adaptive(max_concurrent=4)
     for _ in range(20):
-        limiter.enter().leave(**signal)
+        limiter.enter().release(**signal)
     assert limiter.limit == 1
     assert limiter.enter().granted
 
@@ -97,7 +97,7 @@ def test_cut_starts_the_count_of_successes_again():
     """After a cut it takes a whole limit-full of successes to gain a place."""
     limiter = adaptive()
     succeed(limiter, 15)
-    limiter.enter().leave(throttled=True, ok=False)
+    limiter.enter().release(throttled=True, ok=False)
     succeed(limiter, 7)
     assert limiter.limit == 8
     succeed(limiter, 1)
@@ -115,9 +115,9 @@ def test_success_begun_before_the_cut_does_not_raise_the_limit():
     """What began under the old limit says nothing about the new one."""
     limiter = adaptive(max_concurrent=8)
     old = [limiter.enter() for _ in range(8)]
-    old[0].leave(throttled=True, ok=False)
+    old[0].release(throttled=True, ok=False)
     for slot in old[1:]:
-        slot.leave()
+        slot.release()
     assert limiter.limit == 4
     succeed(limiter, 4)
     assert limiter.limit == 5
@@ -128,14 +128,14 @@ def test_failures_and_unsent_attempts_teach_nothing(ending):
     """Failures belong to the circuit, and what was not sent shows nothing."""
     limiter = adaptive()
     for _ in range(100):
-        limiter.enter().leave(**ending)
+        limiter.enter().release(**ending)
     assert limiter.limit == 16
 
 
 def test_block_that_raises_teaches_nothing():
     """Only a block that ends well counts as a clean success."""
     limiter = adaptive(max_concurrent=2)
-    limiter.enter().leave(throttled=True, ok=False)
+    limiter.enter().release(throttled=True, ok=False)
     for _ in range(10):
         with suppress(ValueError), limiter.enter():
             raise ValueError
@@ -148,8 +148,8 @@ def test_block_that_raises_teaches_nothing():
 def test_fixed_limit_does_not_learn():
     """Without adaptive=True the limit is what was written."""
     limiter = Limiter(LimitPolicy(max_concurrent=4))
-    limiter.enter().leave(throttled=True, ok=False)
-    limiter.enter().leave(slow=True)
+    limiter.enter().release(throttled=True, ok=False)
+    limiter.enter().release(slow=True)
     succeed(limiter, 10)
     assert limiter.limit == 4
 
@@ -159,21 +159,21 @@ def test_cut_limit_holds_the_queue_until_enough_have_left():
     limiter = adaptive(max_concurrent=4)
     busy = [limiter.enter() for _ in range(4)]
     waiter = limiter.enter()
-    busy[0].leave(throttled=True, ok=False)
-    busy[1].leave(ok=False)
+    busy[0].release(throttled=True, ok=False)
+    busy[1].release(ok=False)
     assert not waiter.future.done()
-    busy[2].leave(ok=False)
+    busy[2].release(ok=False)
     assert waiter.poll()
 
 
 def test_raised_limit_lets_waiters_in():
     """A place gained by success goes to the head of the queue at once."""
     limiter = adaptive(max_concurrent=4)
-    limiter.enter().leave(throttled=True, ok=False)
+    limiter.enter().release(throttled=True, ok=False)
     first, second = limiter.enter(), limiter.enter()
     waiters = [limiter.enter() for _ in range(3)]
-    first.leave()
+    first.release()
     assert [w.future.done() for w in waiters] == [True, False, False]
-    second.leave()
+    second.release()
     assert limiter.limit == 3
     assert [w.poll() for w in waiters] == [True, True, True]

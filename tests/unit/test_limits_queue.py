@@ -33,7 +33,7 @@ def test_free_place_goes_to_the_longest_waiting():
     busy, *waiters = [limiter.enter() for _ in range(4)]
     order = []
     for _ in waiters:
-        busy.leave()
+        busy.release()
         (busy,) = (w for w in waiters if w.future.done() and w not in order)
         assert busy.poll()
         order.append(busy)
@@ -44,7 +44,7 @@ def test_newcomer_does_not_overtake_a_waiter_who_has_not_woken_yet():
     """A freed place already belongs to the head of the queue, awake or not."""
     limiter = limiter_for(max_concurrent=1)
     busy, waiter = limiter.enter(), limiter.enter()
-    busy.leave()
+    busy.release()
     assert not limiter.enter().granted
     assert waiter.poll()
 
@@ -56,7 +56,7 @@ def test_one_place_means_strictly_one_at_a_time():
     for slot in slots:
         assert [s.poll() for s in slots].count(True) == 1
         assert slot.granted
-        slot.leave()
+        slot.release()
     assert (limiter.in_use, limiter.queued) == (0, 0)
 
 
@@ -64,11 +64,11 @@ def test_cancelled_waiter_leaves_no_trace():
     """Who gives up waiting is gone from the queue, and the others keep their order."""
     limiter = limiter_for(max_concurrent=1)
     busy, first, second = (limiter.enter() for _ in range(3))
-    first.leave()
+    first.release()
     assert (limiter.in_use, limiter.queued) == (1, 1)
-    busy.leave()
+    busy.release()
     assert second.poll()
-    second.leave()
+    second.release()
     assert (limiter.in_use, limiter.queued) == (0, 0)
 
 
@@ -79,7 +79,7 @@ def test_many_cancelled_waiters_are_forgotten():
     gone = []
     for _ in range(100):
         waiter = limiter.enter()
-        waiter.leave()
+        waiter.release()
         gone.append(weakref.ref(waiter.future))
     del waiter
     gc.collect()
@@ -90,9 +90,9 @@ def test_place_offered_to_a_cancelled_waiter_goes_to_the_next():
     """A waiter cancelled just as its place came free passes the place on."""
     limiter = limiter_for(max_concurrent=1)
     busy, cancelled, next_one = (limiter.enter() for _ in range(3))
-    busy.leave()
+    busy.release()
     assert cancelled.future.done()
-    cancelled.leave()
+    cancelled.release()
     assert next_one.poll()
     assert limiter.in_use == 1
 
@@ -102,7 +102,7 @@ def test_leaving_counts_once():
     limiter = limiter_for(max_concurrent=2)
     slot, other = limiter.enter(), limiter.enter()
     for _ in range(3):
-        slot.leave()
+        slot.release()
     assert limiter.in_use == 1
     assert other.granted
     assert not slot.granted
@@ -114,11 +114,11 @@ def test_leaving_from_many_threads_counts_once():
     slots = [limiter.enter() for _ in range(2)]
     start = threading.Barrier(8)
 
-    def leave():
+    def release():
         start.wait()
-        slots[0].leave()
+        slots[0].release()
 
-    threads = [threading.Thread(target=leave) for _ in range(8)]
+    threads = [threading.Thread(target=release) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -144,7 +144,7 @@ def test_waiting_for_a_place_has_no_time():
     limiter = limiter_for(max_concurrent=1)
     busy, first, second = (limiter.enter() for _ in range(3))
     assert (busy.wait_time(), first.wait_time(), second.wait_time()) == (0.0, math.inf, math.inf)
-    busy.leave()
+    busy.release()
     assert first.wait_time() == 0.0
 
 
@@ -157,9 +157,9 @@ def test_full_queue_refuses_at_once():
     assert isinstance(caught.value, CallRejectedError)
     assert caught.value.retry_after is None
     assert (limiter.in_use, limiter.queued) == (1, 1)
-    waiter.leave()
+    waiter.release()
     assert not limiter.enter().granted
-    busy.leave()
+    busy.release()
 
 
 def test_refusal_says_who_refused_and_why():
@@ -203,7 +203,7 @@ def test_cancelling_the_future_changes_nothing():
     limiter = limiter_for(max_concurrent=1)
     busy, waiter = limiter.enter(), limiter.enter()
     assert not waiter.future.cancel()
-    busy.leave()
+    busy.release()
     assert waiter.future.done()
     assert waiter.poll()
 
@@ -222,25 +222,25 @@ def test_futures_are_resolved_with_no_lock_held():
         seen.append(other.is_alive())
 
     waiter.future.add_done_callback(use)
-    busy.leave()
+    busy.release()
     assert seen[-1] is False
     assert limiter.queued == 2
 
 
-@pytest.mark.parametrize("act", ["enter", "poll", "wait_time", "leave"])
+@pytest.mark.parametrize("act", ["enter", "poll", "wait_time", "release"])
 def test_finalizer_inside_the_limiter_can_leave(act):
     """An abandoned call collected while its thread is inside the limiter blocks nothing."""
     doomed = []
 
     def clock():  # is read where the garbage collector may strike: inside, with the lock held
         if doomed:
-            doomed.pop().leave()
+            doomed.pop().release()
         return 0.0
 
     limiter = limiter_for(clock, max_concurrent=2)
     other, busy, waiter = (limiter.enter() for _ in range(3))
     doomed.append(busy)
-    {"enter": limiter.enter, "leave": other.leave}.get(act, getattr(waiter, act, None))()
+    {"enter": limiter.enter, "release": other.release}.get(act, getattr(waiter, act, None))()
     assert not doomed
     assert waiter.future.done()
     assert waiter.poll()
@@ -266,13 +266,13 @@ def test_forked_child_starts_empty_and_unlocked():
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of threads, as it should
         child = os.fork()
         if child == 0:
-            mine.leave()
+            mine.release()
             fine = limiter.in_use == 0 and limiter.enter().granted
             os._exit(0 if fine and limiter.in_use == 1 else 1)
     finish.set()
     holder.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    mine.leave()
+    mine.release()
     assert limiter.in_use == 1
 
 

@@ -25,7 +25,7 @@ def granted_now(limiter, tokens=0):
     count = sum(slot.granted for slot in slots)
     for slot in reversed(slots):
         if not slot.granted:
-            slot.leave()
+            slot.release()
     return count
 
 
@@ -93,7 +93,7 @@ def test_head_that_gives_up_wakes_the_next(clock):
     limiter = limiter_for(clock, rpm=12)
     limiter.enter()
     head, behind = limiter.enter(), limiter.enter()
-    head.leave()
+    head.release()
     assert behind.future.done()
     assert not behind.poll()
     assert not behind.future.done()
@@ -116,7 +116,7 @@ def test_place_freed_for_a_rate_bound_head_starts_its_time(clock):
     limiter = limiter_for(clock, max_concurrent=1, rpm=12)
     busy, head = limiter.enter(), limiter.enter()
     assert head.wait_time() == math.inf
-    busy.leave()
+    busy.release()
     assert head.future.done()
     assert not head.poll()
     assert head.wait_time() == pytest.approx(5.0)
@@ -135,7 +135,7 @@ def test_unused_tokens_are_given_back(clock):
     limiter = limiter_for(clock, tpm=12_000)
     slot, waiter = limiter.enter(1000), limiter.enter(1000)
     assert waiter.wait_time() == pytest.approx(5.0)
-    slot.leave(tokens=400)
+    slot.release(tokens=400)
     assert waiter.future.done()
     assert not waiter.poll()
     assert waiter.wait_time() == pytest.approx(2.0)
@@ -145,7 +145,7 @@ def test_tokens_used_beyond_the_estimate_are_debt(clock):
     """A longer answer than reserved is paid off before the next call goes."""
     limiter = limiter_for(clock, tpm=12_000)
     slot = limiter.enter(1000)
-    slot.leave(tokens=2000)
+    slot.release(tokens=2000)
     waiter = limiter.enter(1)
     assert waiter.wait_time() == pytest.approx(5.0, abs=0.01)
 
@@ -155,7 +155,7 @@ def test_debt_found_during_a_wait_lengthens_it(clock):
     limiter = limiter_for(clock, tpm=12_000)
     slot, waiter = limiter.enter(1000), limiter.enter(200)
     wait = waiter.wait_time()
-    slot.leave(tokens=1200)
+    slot.release(tokens=1200)
     clock.advance(wait)
     assert not waiter.poll()
     assert waiter.wait_time() == pytest.approx(1.0)
@@ -165,7 +165,7 @@ def test_debt_found_during_a_wait_lengthens_it(clock):
 def test_unknown_or_impossible_usage_leaves_the_estimate(clock, usage):
     """Rubbish from a provider neither frees tokens nor stops the client."""
     limiter = limiter_for(clock, tpm=12_000)
-    limiter.enter(1000).leave(tokens=usage)
+    limiter.enter(1000).release(tokens=usage)
     waiter = limiter.enter(1000)
     assert waiter.wait_time() == pytest.approx(5.0)
     clock.advance(waiter.wait_time())
@@ -175,7 +175,7 @@ def test_unknown_or_impossible_usage_leaves_the_estimate(clock, usage):
 def test_attempt_that_was_not_sent_costs_nothing(clock):
     """What was never sent gives request and tokens back, whatever is said of them."""
     limiter = limiter_for(clock, rpm=12, tpm=12_000)
-    limiter.enter(1000).leave(sent=False, tokens=500)
+    limiter.enter(1000).release(sent=False, tokens=500)
     assert limiter.enter(1000).granted
 
 
@@ -183,17 +183,17 @@ def test_cancelled_waiter_costs_nothing(clock):
     """Neither one in the queue nor one just offered its turn spends any of the rate."""
     limiter = limiter_for(clock, max_concurrent=1, rpm=24, tpm=12_000)
     busy, offered, queued = limiter.enter(100), limiter.enter(900), limiter.enter(900)
-    queued.leave()
-    busy.leave()
+    queued.release()
+    busy.release()
     assert offered.future.done()
-    offered.leave()
+    offered.release()
     assert limiter.enter(900).granted
 
 
 def test_sent_attempts_keep_their_request_when_they_fail(clock):
     """A failed request was a request all the same."""
     limiter = limiter_for(clock, rpm=12, tpm=12_000)
-    limiter.enter(1000).leave(tokens=0, ok=False)
+    limiter.enter(1000).release(tokens=0, ok=False)
     waiter = limiter.enter(1000)
     assert waiter.wait_time() == pytest.approx(5.0)
 
@@ -265,7 +265,7 @@ def test_patience_covers_a_queue_of_unequal_requests(clock):
     with pytest.raises(LimitExceededError) as caught:
         limiter.enter(10, patience=6.9)
     assert caught.value.retry_after == pytest.approx(7.0)
-    waiters[1].leave()
+    waiters[1].release()
     assert limiter.enter(10, patience=4.1).future is not None
     with pytest.raises(LimitExceededError) as caught:
         limiter.enter(10, patience=4.0)

@@ -59,9 +59,9 @@ def test_thread_hands_its_place_to_a_task():
     async def main():
         slot = limiter.enter()
         waiting = asyncio.create_task(await_(slot))
-        await asyncio.to_thread(busy.leave)
+        await asyncio.to_thread(busy.release)
         await asyncio.wait_for(waiting, 30)
-        slot.leave()
+        slot.release()
 
     asyncio.run(main())
     assert limiter.in_use == 0
@@ -76,7 +76,7 @@ def test_task_hands_its_place_to_a_thread():
     thread.start()
 
     async def main():
-        busy.leave()
+        busy.release()
 
     asyncio.run(main())
     thread.join(30)
@@ -100,7 +100,7 @@ def test_cancelled_task_leaves_no_trace():
             task.cancel()
         await asyncio.gather(*tasks[::2], return_exceptions=True)
         assert limiter.queued == 5
-        busy.leave()
+        busy.release()
         await asyncio.gather(*tasks[1::2])
 
     asyncio.run(main())
@@ -122,7 +122,7 @@ def test_loop_closed_under_its_waiters_holds_nobody_up():
 
     asyncio.run(main())
     survivor = limiter.enter()
-    busy.leave()
+    busy.release()
     assert survivor.poll()
 
 
@@ -148,7 +148,7 @@ class Storm:
         self.most = max(self.most, len(self._busy))
         self.served.append(ticket)
         self._busy.remove(ticket)
-        slot.leave(
+        slot.release(
             tokens=rng.choice([None, 0, 50, 150]),
             sent=rng.random() < 0.9,
             throttled=rng.random() < 0.05,
