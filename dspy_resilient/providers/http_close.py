@@ -73,10 +73,15 @@ async def close(http: HttpClient) -> None:
     try:
         async with asyncio.timeout(_PATIENCE):
             await asynchronous.aclose()
-    except Exception:  # noqa: BLE001  # nobody is left who could do anything about it
+    except BaseException as error:
         for connection in connections:
             with contextlib.suppress(Exception):
                 connection.abort()
+        for connector in filter(None, map(_connector, _transports(http))):
+            with contextlib.suppress(Exception):
+                connector._close()  # noqa: SLF001  # without a wait: the loop may be ending
+        if not isinstance(error, Exception):
+            raise
 
 
 def abandon(http: HttpClient) -> None:
