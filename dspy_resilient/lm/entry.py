@@ -196,6 +196,8 @@ class CallEntry(LM):
             own=own,
             key=self._key(method, args, kwargs) if cached else None,
             targets=self._targets(),
+            settings=self.kwargs,
+            messages=messages,
             special=self._fallbacks.special,
             streams=dspy.settings.send_stream is not None,
             may_wait=not is_sending()
@@ -239,7 +241,7 @@ class CallEntry(LM):
         """Whether an adapter makes this call: in DSPy 3.5 what a module asks `generate` for."""
         if call.method in ("generate", "agenerate"):
             return bool(dspy.settings.caller_modules)
-        return called_by_adapter(self, call.kwargs.get("messages"))
+        return called_by_adapter(self, call.messages)
 
     def _record_hit(self, call: Call, served: Served) -> None:
         tally = self._runtime.tally

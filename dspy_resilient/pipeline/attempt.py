@@ -103,6 +103,8 @@ class Attempt:
         target: Where it goes.
         route: The way it takes there.
         call: Which call it belongs to.
+        settings: The client's settings as they are sent.
+        key: Key under which the answer is stored, or None.
         limit: Seconds it may take (what is left until the deadline), or inf.
         emitted: Whether a chunk has reached the consumer of a stream.
         seconds: How long it took, once it has ended.
@@ -122,6 +124,7 @@ class Attempt:
         self.target = target
         self.route = route
         self.call = call
+        self.settings, self.key = target.sent(call)
         self.seconds = self.paused = 0.0
         self._admission = admission
         self._gate_permit = gate_permit
@@ -202,7 +205,7 @@ class Attempt:
     ) -> Iterator[Any]:
         """Set up what DSPy and LiteLLM are to see during the attempt, and nothing beyond it."""
         lm = self.target.lm
-        keywords = {"model": lm.model, **lm.kwargs, **kwargs}
+        keywords = {"model": lm.model, **self.settings, **kwargs}
         token = _sending.set(self._mark)
         try:
             by_keywords = self._by_keywords(args)
@@ -277,8 +280,7 @@ class Attempt:
         twin.callbacks = _TOLD
         twin.history = self.target.history
         twin.update_history = functools.partial(self._take_record, twin)
-        if tags:
-            twin.kwargs = {**lm.kwargs, **tags}
+        twin.kwargs = {**self.settings, **tags}
         return twin
 
     def _traced(self) -> contextlib.AbstractContextManager[None]:
@@ -406,7 +408,7 @@ class Attempt:
         """Report an answer whose caller has given up, and keep it for the next one."""
         self.succeed()
         runtime = self.target.runtime
-        runtime.store(self.target.key(self.call), answer, whole=self.whole)
+        runtime.store(self.key, answer, whole=self.whole)
         if answer.key:
             runtime.cache.save(answer)
             if runtime.cache.others is not None:

@@ -48,8 +48,11 @@ if TYPE_CHECKING:
 def complete(call: Call, client: ClientState) -> Steps[Served]:
     """Answer `call`: from the cache, from an identical call under way, or from a target."""
     client.check_open()
+    hit = client.cache.recall(call.key) if call.key is not None else None
+    if hit is None:
+        call.detach()  # before anything is waited for
     if call.key is not None:
-        hit = client.cache.recall(call.key) or (yield from load(client, call.key))
+        hit = hit or (yield from load(client, call.key))
         if hit is not None:
             _announce_hit(client, hit)
             return Served(hit, hit=True)
@@ -277,7 +280,7 @@ def _take(call: Call, client: ClientState, attempt: Attempt, answer: Answer) -> 
     """Keep an answer and serve it, unless a filter held it back and somebody may do better."""
     client.tally.time(attempt.seconds)
     call.attempts.append(AttemptSummary(attempt.label, "answer", attempt.seconds))
-    client.store(attempt.target.key(call), answer, whole=attempt.whole)
+    client.store(attempt.key, answer, whole=attempt.whole)
     if Kind.POLICY in call.special and not attempt.emitted and usable(answer) == "filtered":
         call.filtered = answer
         raise AnswerFilteredError

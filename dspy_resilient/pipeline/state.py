@@ -63,6 +63,8 @@ class Call:
         max_attempts: Attempts per target.
         max_wait: Seconds to wait for an open circuit.
         budget: Seconds for the whole call (the deadline), or inf.
+        settings: The client's own settings when the call was made.
+        messages: The caller's own list of messages, by which an adapter's call is known.
         held: Seconds for which it has been held up so far.
     """
 
@@ -81,9 +83,16 @@ class Call:
     deadline: float = math.inf
     patience: float | None = None
     held: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    messages: Any = None
     filtered: Answer | None = None
     sent: Attempt | None = None
     attempts: list[AttemptSummary] = field(default_factory=list)
+
+    def detach(self) -> None:
+        """Keep what is asked as it is now, whatever the caller does to lists and dicts meanwhile."""
+        self.kwargs = {name: _apart(value) for name, value in self.kwargs.items()}
+        self.settings = {name: _apart(value) for name, value in self.settings.items()}
 
     def recorded(self) -> dict[str, Any]:
         """Return the keywords as DSPy's history shows them."""
@@ -113,6 +122,15 @@ class Call:
             self.patience = now + self.max_wait
         end = min(self.patience, self.deadline)
         return now < end if math.isinf(wait) else now + wait <= end
+
+
+def _apart(value: Any) -> Any:
+    """Return `value` with lists and dicts of its own; what is in them stays."""
+    if type(value) is dict:
+        return {name: _apart(each) for name, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_apart, value))
+    return value
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -111,6 +111,15 @@ class Target:
         """The client's own timeout, whatever a call may have set for itself."""
         return _seconds(self.lm.kwargs.get("timeout"))
 
+    def sent(self, call: Call) -> tuple[dict[str, Any], str | None]:
+        """Return the LM's settings, and the key of an answer to a call sent with them, as of now.
+
+        For the primary, now is when the call was made.
+        """
+        if self is call.targets[0]:
+            return call.settings, call.key
+        return dict(self.lm.kwargs), self.key(call)
+
     def key(self, call: Call) -> str | None:
         """Return the cache key of this call under this target, or None if it is not cached."""
         if call.key is None:
