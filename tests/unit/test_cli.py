@@ -11,7 +11,7 @@ import pytest
 
 from dspy_resilient import CachePolicy, __version__
 from dspy_resilient.cli import main
-from dspy_resilient.testing import Hang, Status, content_refused, quota_exceeded
+from dspy_resilient.testing import Hang, Status, content_refused, quota_exceeded, rate_limited
 
 KEY = "sk-this-must-never-be-shown-0123456789"
 
@@ -102,11 +102,12 @@ ANSWER = json.dumps(
     [
         (Status(401), "refuses this key"),
         (quota_exceeded(), "no money"),
+        (rate_limited(9), "asks for a pause"),
         (Status(503), "is down"),
         (Status(404), "name of the model"),
         (content_refused(), "content filter"),
     ],
-    ids=["key", "money", "down", "model", "filter"],
+    ids=["key", "money", "pause", "down", "model", "filter"],
 )
 def test_each_problem_has_a_way_out(provider, capsys, fault, told):
     """One request, one problem, one advice, exit code 1."""

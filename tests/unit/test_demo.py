@@ -16,7 +16,7 @@ from dspy_resilient.demo import board
 from dspy_resilient.demo.board import LiveBoard, PlainBoard, board_for, summary
 from dspy_resilient.demo.scenarios import SCENARIOS
 from dspy_resilient.demo.side import ROWS, Side, circuit_of, review_of, sentiment_of
-from dspy_resilient.testing import Provider, Reset, Status, dspy_answers
+from dspy_resilient.testing import Provider, Reset, Status, dspy_answers, rate_limited
 
 
 class Calls:
@@ -160,8 +160,12 @@ def test_it_asks_before_a_real_model_is_used(provider, monkeypatch, said, sent):
 
 @pytest.mark.parametrize(
     ("fault", "told"),
-    [(Status(401), "refuses this key"), (Status(500), "down")],
-    ids=["key", "down"],
+    [
+        (Status(401), "refuses this key"),
+        (rate_limited(9), "asks for a pause"),
+        (Status(500), "down"),
+    ],
+    ids=["key", "quota", "down"],
 )
 def test_a_real_model_that_does_not_answer_is_one_line(provider, capsys, fault, told):
     """Key and endpoint are checked with one request before the rest is sent."""
