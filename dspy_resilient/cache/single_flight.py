@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=BaseException)
 
+_LEAST_WAIT = 0.01
+
 
 @dataclass(frozen=True, slots=True)
 class Landed:
@@ -49,6 +51,8 @@ class _Flight:
     leads: list[Lead] = field(default_factory=list)
     waiters: dict[Waiter, None] = field(default_factory=dict)
     answer: Answer | None = None
+    held: float = 0.0
+    held_until: float | None = None
 
 
 class Lead:
@@ -56,25 +60,32 @@ class Lead:
 
     Attributes:
         flight: Note of the flights.
-        sent_at: When the current attempt was sent, or None before the first.
+        sent_at: When the current attempt was sent, or None between attempts.
+        held: Seconds for which the leader before this one was held up.
+        held_until: The clock's reading when it could be held up no longer, or None.
     """
 
-    __slots__ = ("_flights", "flight", "sent_at")
+    __slots__ = ("_flights", "flight", "held", "held_until", "sent_at")
 
     def __init__(self, flights: Flights, flight: _Flight) -> None:
         """Belong to `flights`, which alone makes leads."""
         self._flights = flights
         self.flight = flight
         self.sent_at: float | None = None
-
-    @property
-    def landed(self) -> Answer | None:
-        """What another lead of the same flight has landed meanwhile: serve that."""
-        return self.flight.answer
+        self.held, self.held_until = flight.held, flight.held_until
 
     def sent(self) -> None:
         """Count the flight's age from now: an attempt goes out."""
         self.sent_at = self._flights.clock()
+
+    def returned(self) -> Answer | None:
+        """Let the flight age no more, as the attempt has ended without an answer.
+
+        Returns:
+            What another lead of the same flight has landed meanwhile: serve that.
+        """
+        self.sent_at = None
+        return self.flight.answer
 
     def land(self, answer: Answer) -> None:
         """Hand `answer` to all who wait, and end the flight."""
@@ -84,12 +95,17 @@ class Lead:
         """Hand a provider's error to all who wait, unless another lead is still under way."""
         self._flights.fail(self, error)
 
-    def abandon(self) -> None:
-        """End without news (cancelled, out of time, refused by us): somebody else has to send.
+    def abandon(self, held: float = 0.0, held_until: float | None = None) -> None:
+        """End without news (cancelled, out of time, refused by us): another caller has to send.
 
         The one who has waited longest takes over, unless another lead's attempt is young enough
         to wait for. Never blocks: it may be called by a finalizer.
+
+        Args:
+            held: Seconds for which this call was held up: who waited behind it was so, too.
+            held_until: The clock's reading when it could be held up no longer, or None.
         """
+        self.flight.held, self.flight.held_until = held, held_until
         self._flights.leave(self)
 
 
@@ -112,6 +128,17 @@ class Waiter:
         self.future: Future[Landed | Failed | Lead] = Future()
         self.future.set_running_or_notify_cancel()
         self.lead: Lead | None = None
+
+    def straggles_in(self, patience: float) -> float:
+        """Return the seconds until the attempt that is waited for has taken `patience` seconds."""
+        return self._flights.straggles_in(self.flight, patience)
+
+    def overtake(self, patience: float) -> Lead | None:
+        """Return a lead of the same flight if all its attempts have taken longer than `patience`.
+
+        None if another caller has just sent one, or there is news in `future`.
+        """
+        return self._flights.overtake(self, patience)
 
     def leave(self) -> None:
         """Give up the place without having taken what `future` may hold by now.
@@ -202,6 +229,26 @@ class Flights:
         self._leaving.append(who)
         self._see_off()
 
+    def straggles_in(self, flight: _Flight, patience: float) -> float:
+        """Do what `Waiter.straggles_in` says."""
+        now = self.clock()
+        with self._lock:
+            sent = [now if lead.sent_at is None else lead.sent_at for lead in flight.leads]
+        self._see_off()
+        return max(max(sent, default=now) + patience - now, _LEAST_WAIT)
+
+    def overtake(self, waiter: Waiter, patience: float) -> Lead | None:
+        """Do what `Waiter.overtake` says."""
+        flight, lead = waiter.flight, None
+        with self._lock:
+            is_late = not self._is_worth_waiting_for(flight, self.clock(), patience)
+            if waiter in flight.waiters and is_late:
+                del flight.waiters[waiter]
+                lead = waiter.lead = Lead(self, flight)
+                flight.leads.append(lead)
+        self._see_off()
+        return lead
+
     def disband(self) -> None:
         """Give each flight that has lost its lead a new one: another table has taken this one's place.
 
@@ -263,11 +310,13 @@ class Flights:
         promoted.append((heir, heir.lead))
         return True
 
-    def _is_worth_waiting_for(self, flight: _Flight, now: float) -> bool:
-        """Whether some attempt is young enough; one that is not sent yet has no age."""
+    def _is_worth_waiting_for(
+        self, flight: _Flight, now: float, max_age: float | None = None
+    ) -> bool:
+        """Whether some attempt is young enough; one that is not under way has no age."""
+        most = self._max_age if max_age is None else max_age
         return any(
-            (0.0 if lead.sent_at is None else now - lead.sent_at) < self._max_age
-            for lead in flight.leads
+            (0.0 if lead.sent_at is None else now - lead.sent_at) < most for lead in flight.leads
         )
 
     def _end(self, flight: _Flight) -> list[Waiter]:

@@ -135,6 +135,17 @@ class Limiter:
         return slot
 
     @needs_intact_state
+    def has_room(self) -> bool:
+        """Whether an attempt, however small, would be let in now."""
+        with self._lock:
+            now = self._clock()
+            woken = self._advance(now)
+            is_free = not self._queue and self._leases.has_room
+            has_room = is_free and self._rates.ready_at(0) - now <= _ROUNDING
+        self._resolve(woken)
+        return has_room
+
+    @needs_intact_state
     def wait_time(self, slot: Slot) -> float:
         """Answer `Slot.wait_time`."""
         due = -math.inf

@@ -7,9 +7,11 @@ for nothing, and what a response asks for is read elsewhere.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random as random_numbers
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from dspy_resilient._support.fork import renew_after_fork
@@ -25,9 +27,10 @@ _LONGEST_STEP = 30.0
 _LEAST_SHARE = 0.1
 _FULL = 64
 _LONGEST_RAMP = 30.0  # seconds, after which the number let in is beyond any crowd
-_SURPRISE = 1e-3
+_SURPRISE = 1e-4
 _RECENT = 50
-_LONGEST_RUN = 10
+_LONGEST_RUN = 30
+_MOST_SENT = 10_000
 
 
 class GatePermit:
@@ -36,17 +39,22 @@ class GatePermit:
     One that is dropped without a report does no harm: the gate opens by time.
     """
 
-    __slots__ = ("gate", "generation", "reported")
+    __slots__ = ("gate", "generation", "number", "reported")
 
     def __init__(self, gate: ThrottleGate, generation: int) -> None:
         self.gate = gate
         self.generation = generation
+        self.number = 0
         self.reported = False
 
     @property
     def is_current(self) -> bool:
         """Whether the gate has not closed since: what has waited meanwhile must ask again."""
         return self.generation == self.gate.generation
+
+    def sent(self) -> None:
+        """Report that the request goes out now: its place in the order of sending."""
+        self.gate.record_sent(self)
 
     def answered(self) -> None:
         """Report that the provider answered."""
@@ -70,7 +78,9 @@ class ThrottleGate(WaitQueue):
     """A gate that 429s close, for all callers of one credential at one endpoint.
 
     Where 429s are rare, one closes it; where they are a share of all answers, it takes as many in
-    a row as chance would produce less than once in 1,000 times, ten at most. (A provider that
+    a row as chance would produce less than once in 10,000 times, 30 at most. In a row means in the
+    order of sending, and a request that is under way counts as accepted until it reports: answers
+    take longer than refusals. (A provider that
     refuses one request in five at random does not want a pause, and must not get one call at a
     time.) The share is that among about the last 50 answers and 429s.
 
@@ -115,16 +125,20 @@ class ThrottleGate(WaitQueue):
         self._closings = 0
         self._let_in = 0
         self._answers = 0
-        self._share = 0.0
-        self._run = 0
+        self._numbers = itertools.count(1)
+        self._forget()
         renew_after_fork(self)
 
     # Asking and reporting
 
-    def admit(self) -> GatePermit | None:
-        """Return leave to send one call, or None while closed or while enough have been let in."""
+    def admit(self, *, force: bool = False) -> GatePermit | None:
+        """Return leave to send one call, or None while closed or while enough have been let in.
+
+        Args:
+            force: Whether the call goes all the same.
+        """
         generation = self._generation  # read first: a permit must never look younger than it is
-        if self._open:
+        if self._open or force:
             return GatePermit(self, generation)
         with self._lock:
             now = self._clock()
@@ -137,19 +151,29 @@ class ThrottleGate(WaitQueue):
         self._notifier.send()
         return permit
 
+    def record_sent(self, permit: GatePermit) -> None:
+        """Take the report of `permit`; called by its own methods."""
+        permit.number = next(self._numbers)
+        self._sent[permit.number] = None
+        if len(self._sent) > _MOST_SENT:  # permits that were lost
+            with suppress(KeyError, RuntimeError, StopIteration):
+                del self._sent[next(iter(self._sent))]
+
     def record_answer(self, permit: GatePermit) -> None:
         """Take the report of `permit`; called by its own methods."""
         if self._open:
             if not permit.reported:
                 permit.reported = True
-                self._count_answer()  # without the lock: to lose a count among many is no harm
+                self._count_answer(
+                    permit
+                )  # without the lock: to lose a count among many is no harm
             return
         with self._lock:
             if permit.reported:
                 return
             permit.reported = True
             if permit.generation == self._generation:
-                self._count_answer()
+                self._count_answer(permit)
                 self._closings = 0
                 self._hinted_until = -math.inf
                 self._make_room(self._clock())
@@ -163,7 +187,7 @@ class ThrottleGate(WaitQueue):
             now = self._clock()
             if not permit.reported:
                 permit.reported = True
-                if self._count_throttle() or now < self._closed_until:
+                if self._count_throttle(permit) or now < self._closed_until:
                     is_news = self._open or permit.generation == self._generation
                     self._close(now, hint, news=is_news)
             closed_for = 0.0 if self._open else max(0.0, self._closed_until - now)
@@ -172,6 +196,7 @@ class ThrottleGate(WaitQueue):
 
     def record_release(self, permit: GatePermit) -> None:
         """Take the report of `permit`; called by its own methods."""
+        self._sent.pop(permit.number, None)
         if self._open:
             permit.reported = True
             return
@@ -186,8 +211,8 @@ class ThrottleGate(WaitQueue):
     def reset(self) -> None:
         """Open, let in all who wait, and forget every 429."""
         with self._lock:
-            self._closings = self._run = 0
-            self._share = 0.0
+            self._closings = 0
+            self._forget()
             self._hinted_until = self._closed_until = -math.inf
             self._open_up()
         self._notifier.send()
@@ -234,17 +259,39 @@ class ThrottleGate(WaitQueue):
         ramp = math.log2(extra + 2) - 1 if extra > 0 else 0.0
         return max(0.0, self._closed_until + ramp - now)
 
-    def _count_answer(self) -> None:
-        if self._run:
-            run = min(self._run, math.ceil(self._longest_run()))  # what followed was no news
-            self._share = 1 - (1 - self._share) * (1 - 1 / _RECENT) ** run
-            self._run = 0
-        self._share -= self._share / _RECENT
+    def _forget(self) -> None:
+        """Know of no request, no answer and no 429."""
+        self._share = 0.0
+        self._verdicts = 0
+        self._accepted = 0  # number of the youngest request that was answered
+        self._refused: list[int] = []  # numbers of those later ones that met a 429
+        self._sent: dict[int, None] = {}
 
-    def _count_throttle(self) -> bool:
-        """Count a 429; return whether chance does not explain it."""
-        self._run += 1
-        return self._run >= self._longest_run()
+    def _count_answer(self, permit: GatePermit) -> None:
+        number = permit.number
+        self._sent.pop(number, None)
+        if self._refused:
+            explained = sum(each < number or not number for each in self._refused)
+            for _ in range(min(explained, math.ceil(self._longest_run()))):  # the rest was no news
+                self._learn(1.0)
+            self._refused = [each for each in self._refused if each > number > 0]
+        self._accepted = max(self._accepted, number)
+        self._learn(0.0)
+
+    def _learn(self, is_throttled: float) -> None:
+        """Let the share follow one more verdict: the mean of the first 50, then of about as many."""
+        self._verdicts = min(self._verdicts + 1, _RECENT)
+        self._share += (is_throttled - self._share) / self._verdicts
+
+    def _count_throttle(self, permit: GatePermit) -> bool:
+        """Count a 429; return whether chance does not explain those since the last acceptance."""
+        number = permit.number or next(self._numbers)
+        self._sent.pop(number, None)
+        if number > self._accepted:
+            self._refused.append(number)
+        youngest = max(self._sent.copy(), default=0)
+        run = sum(each > youngest for each in self._refused)
+        return run >= self._longest_run()
 
     def _longest_run(self) -> float:
         """Return how many 429s in a row, or about so many, chance produces too seldom."""

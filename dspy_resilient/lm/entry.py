@@ -189,6 +189,7 @@ class CallEntry(LM):
                 check_credentials(each.lm, {})
         args = () if prompt is None else (prompt,)
         cached = self.cache if cache is None else cache
+        blocked = None if method in ("acall", "agenerate") else drive.running_loop()
         return Call(
             method=method,
             args=args,
@@ -200,8 +201,8 @@ class CallEntry(LM):
             messages=messages,
             special=self._fallbacks.special,
             streams=dspy.settings.send_stream is not None,
-            may_wait=not is_sending()
-            and (method in ("acall", "agenerate") or not drive.on_a_loop()),
+            may_wait=blocked is None and not is_sending(),
+            loop=None if is_sending() else blocked,
             max_attempts=retries + 1,
             max_wait=self.max_wait,
             budget=float("inf") if self.deadline is None else self.deadline,

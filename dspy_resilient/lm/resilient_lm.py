@@ -75,8 +75,9 @@ class ResilientLM(ClosedAtEnd, Copyable):
         prompt_cache: As for `dspy.LM`.
         name: Name in errors, events, logs and metrics. Default: the model.
         circuit: True (default), False, a `CircuitPolicy`, or a `CircuitBreaker` to share.
-        max_wait: Seconds a call may wait for an open circuit, unless it was forced open without
-            end. 0 fails fast; default 15.
+        max_wait: Seconds for which one call may be held up, all in all, by an open circuit, the
+            pause after a 429, or a provider that has answered nothing since. 0 fails fast; default
+            60.
         retry: A `RetryPolicy`.
         limits: A `LimitPolicy`, or an int: the most attempts at a time. Default None: no limit.
         fallbacks: Models to ask when the primary cannot answer, in this order: model names,
@@ -121,7 +122,7 @@ class ResilientLM(ClosedAtEnd, Copyable):
         *,
         name: str | None = None,
         circuit: bool | CircuitPolicy | CircuitBreaker = True,
-        max_wait: float = 15.0,
+        max_wait: float = 60.0,
         retry: RetryPolicy | None = None,
         limits: LimitPolicy | int | None = None,
         fallbacks: Sequence[str | dict[str, Any] | dspy.BaseLM] | None = (),

@@ -1,33 +1,26 @@
 """What has to be passed before an attempt may be sent: gate, limits, circuit, in this order.
 
-What waits comes first, so that no permit waits. Nothing is sent here, and what comes of a
-refusal is decided in `call.py`.
+Only the limits are waited for here; where the gate or a circuit refuses, the call waits without
+holding anything (`waiting.py`). Nothing is sent here, and what comes of a refusal is decided in
+`call.py`.
 """
 
 from __future__ import annotations
 
-import math
-from concurrent.futures import Future
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from dspy_resilient.budgets import BudgetStop
-from dspy_resilient.circuit import CircuitBreaker
-from dspy_resilient.errors import (
-    BudgetExceededError,
-    DeadlineExceededError,
-    LimitExceededError,
-    ResilienceError,
-    ThrottledError,
-)
-from dspy_resilient.events import CallQueued, CallRejected
+from dspy_resilient.errors import BudgetExceededError, LimitExceededError
+from dspy_resilient.events import CallQueued
+from dspy_resilient.pipeline.failures import check_deadline, rejected
 from dspy_resilient.pipeline.spending import reserve
 from dspy_resilient.pipeline.state import Wait
+from dspy_resilient.pipeline.waiting import check_may_wait
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
-    from dspy_resilient.limits import GatePermit, Limiter, Slot, ThrottleGate
+    from dspy_resilient.limits import GatePermit, Limiter, Slot
     from dspy_resilient.pipeline.attempt import Attempt
     from dspy_resilient.pipeline.client import ClientState
     from dspy_resilient.pipeline.spending import Funds
@@ -35,36 +28,48 @@ if TYPE_CHECKING:
     from dspy_resilient.targets.route import Admission, Route
     from dspy_resilient.targets.target import Target
 
-R = TypeVar("R", bound=ResilienceError)
 
+def clear_the_way(
+    call: Call, client: ClientState, turn: Turn, is_needed: Callable[[], bool]
+) -> Steps[Attempt | None]:
+    """Return an attempt that may be sent now, or None if the target does not take it at present.
 
-def clear_the_way(call: Call, client: ClientState, turn: Turn, route: Route) -> Steps[Attempt]:
-    """Gate, then limits, then circuit: what waits comes first, so that no permit waits."""
-    target = turn.target
+    Args:
+        call: The call.
+        client: The client.
+        turn: The target that is to be asked.
+        is_needed: Whether no other target is ready, so that a queue is worth waiting in.
+    """
     check_deadline(call, client)  # a wait may have taken longer than it was to
     client.in_flight.check()
-    refusal = target.refusal()
+    route = turn.route
+    refusal = turn.target.refusal()
     if refusal is not None:
         raise rejected(client, route, refusal)
-    while True:
-        gate_permit = yield from _pass_gate(call, client, route)
-        slot = yield from _take_slot(call, client, target, route, gate_permit)
-        admission: Admission | None = None
-        funds: Funds | None = None
-        try:
-            funds = yield from _fund(call, client, target)
-            if gate_permit.is_current:
-                admission = yield from _admit(call, client, route)
-                if admission is not None and gate_permit.is_current:
-                    return client.attempt(target, call, route, admission, gate_permit, slot, funds)
-        except BaseException as error:
-            _release(gate_permit, slot, admission, funds)
-            if isinstance(error, (BudgetExceededError, BudgetStop)):
-                rejected(client, route, error.error if isinstance(error, BudgetStop) else error)
-            raise
+    gate_permit = route.gate.admit(force=turn.is_forced)
+    if gate_permit is None:
+        return None
+    slot: Slot | None = None
+    admission: Admission | None = None
+    funds: Funds | None = None
+    try:
+        if route.limiter is not None:
+            slot = yield from _take_slot(call, client, turn, is_needed)
+            turn.is_crowded = slot is None
+        if not turn.is_crowded:
+            funds = yield from _fund(call, client, turn.target)
+        if gate_permit.is_current and not turn.is_crowded:
+            admission = yield from _admit(call, client, route)
+            if admission is not None and gate_permit.is_current:
+                gate_permit.sent()
+                return client.attempt(turn, call, admission, gate_permit, slot, funds)
+    except BaseException as error:
         _release(gate_permit, slot, admission, funds)
-        if gate_permit.is_current:  # else the gate has closed meanwhile
-            raise rejected(client, route, route.rejection())
+        if isinstance(error, (BudgetExceededError, BudgetStop)):
+            rejected(client, route, error.error if isinstance(error, BudgetStop) else error)
+        raise
+    _release(gate_permit, slot, admission, funds)
+    return None
 
 
 def _fund(call: Call, client: ClientState, target: Target) -> Steps[Funds | None]:
@@ -90,50 +95,33 @@ def _admit(call: Call, client: ClientState, route: Route) -> Steps[Admission | N
         return route.admit()
 
 
-def _pass_gate(call: Call, client: ClientState, route: Route) -> Steps[GatePermit]:
-    """Wait until the provider's last 429 is over, as long as `max_wait` lasts."""
-    gate = route.gate
-    while (gate_permit := gate.admit()) is None:
-        wait, now = gate.wait_time(), client.clock()
-        if call.held >= call.max_wait or wait >= call.left(now):
-            pause = gate.hint or wait
-            error = ThrottledError(
-                f"client {client.name!r}: {route.label} asked for a pause of {pause:.1f} s, "
-                "which is longer than this call may wait",
-                client=client.name,
-                retry_after=pause,
-            )
-            raise rejected(client, route, error)
-        yield from hold(call, client, gate, route.label)
-        check_deadline(call, client)
-    return gate_permit
-
-
-def hold(call: Call, client: ClientState, queue: ThrottleGate, target: str) -> Steps[None]:
-    """Wait in line for no longer than `max_wait` allows, all in all, and count it."""
-    began = client.clock()
-    yield from _line_up(client, queue, target, min(call.max_wait - call.held, call.left(began)))
-    call.held += client.clock() - began
-
-
 def _take_slot(
-    call: Call, client: ClientState, target: Target, route: Route, gate_permit: GatePermit
+    call: Call, client: ClientState, turn: Turn, is_needed: Callable[[], bool]
 ) -> Steps[Slot | None]:
-    """Queue for a place among the target's concurrent attempts and for its rate budget."""
+    """Queue for a place among the target's concurrent attempts and for its rate budget.
+
+    Returns None where there is none at once and another target is ready.
+    """
     slot: Slot | None = None
+    route = turn.route
     try:
         while (limiter := route.limiter) is not None:
-            tokens = 0 if limiter.policy.tpm is None else target.estimate(call)
+            tokens = 0 if limiter.policy.tpm is None else turn.target.estimate(call)
             slot = limiter.enter(tokens, call.left(client.clock()))
             if not slot.granted and limiter.patience > 0:
                 yield from _ask_others(call, client, route, limiter, slot)
             if not slot.granted:
+                if not is_needed():
+                    slot.release(sent=False)
+                    return None
+                check_may_wait(call, client, route)
                 yield from _queue(call, client, route, limiter, slot)
             if slot.granted:
                 break
             slot.release(sent=False)  # the client was restarted: queue anew
     except BaseException as error:
-        _release(gate_permit, slot)
+        if slot is not None:
+            slot.release(sent=False)
         if isinstance(error, LimitExceededError):
             raise rejected(client, route, error) from None
         raise
@@ -176,10 +164,7 @@ def _queue(
 
 
 def _release(
-    gate_permit: GatePermit,
-    slot: Slot | None,
-    admission: Admission | None = None,
-    funds: Funds | None = None,
+    gate_permit: GatePermit, slot: Slot | None, admission: Admission | None, funds: Funds | None
 ) -> None:
     if funds is not None:
         funds.release()
@@ -188,67 +173,3 @@ def _release(
     gate_permit.release()
     if admission is not None:
         admission.withdraw()
-
-
-def outwait(call: Call, client: ClientState, blocked: list[Route]) -> Steps[bool]:
-    """Wait until the first of the open circuits may be asked again; False if it takes too long.
-
-    One that was forced open without end is not waited for: only somebody's hand can close it.
-    """
-    blocked = [route for route in blocked if math.isfinite(route.blocker().recheck_time())]
-    if not blocked:
-        return False
-    route = blocked[0] if len(blocked) == 1 else min(blocked, key=lambda each: each.wait_time())
-    now, circuit = client.clock(), route.blocker()
-    if not call.has_patience(now, circuit.wait_time()):
-        return False
-    assert call.patience is not None  # has_patience has set it
-    most = min(call.patience - now, call.left(now))
-    yield from _line_up(client, circuit, route.label, most)
-    return True
-
-
-def _line_up(
-    client: ClientState, queue: CircuitBreaker | ThrottleGate, target: str, most: float
-) -> Steps[None]:
-    """Wait until it makes sense to ask again, at most `most` seconds; say so if it takes long."""
-    with _enlisted(queue) as waiter:
-        wait = min(queue.recheck_time(), most)
-        if wait > client.long_wait and math.isinf(queue.wait_time()):
-            yield Wait(waiter, client.long_wait)  # those who were let in may report any moment
-            wait -= client.long_wait
-        if wait > client.long_wait and not waiter.done() and queue.is_news(client.clock() + wait):
-            reason = "circuit" if isinstance(queue, CircuitBreaker) else "throttled"
-            client.announce_wait(reason, target, wait)
-        if seconds := (yield Wait(waiter, wait)):  # those who wait do not go all at once
-            yield Wait(None, min(seconds, most))
-
-
-@contextmanager
-def _enlisted(queue: CircuitBreaker | ThrottleGate) -> Iterator[Future[float]]:
-    waiter = queue.enlist()
-    try:
-        yield waiter
-    finally:
-        queue.leave(waiter)
-
-
-def rejected(client: ClientState, target: Route, error: R) -> R:
-    client.tally.add(f"refused:{error.default_code}")
-    if client.is_heard:
-        client.emit(
-            CallRejected, target.label, reason=error.default_code, retry_after=error.retry_after
-        )
-    return error
-
-
-def check_deadline(call: Call, client: ClientState) -> None:
-    if call.left(client.clock()) <= 0:
-        raise deadline_passed(call, client)
-
-
-def deadline_passed(call: Call, client: ClientState) -> DeadlineExceededError:
-    return DeadlineExceededError(
-        f"client {client.name!r}: no answer within the deadline of {call.budget:g} s",
-        client=client.name,
-    )

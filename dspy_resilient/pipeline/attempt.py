@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from dspy_resilient.limits import GatePermit, Slot
     from dspy_resilient.outcomes import Verdict
     from dspy_resilient.pipeline.spending import Funds
-    from dspy_resilient.pipeline.state import Call
-    from dspy_resilient.targets.route import Admission, Route
-    from dspy_resilient.targets.target import Target
+    from dspy_resilient.pipeline.state import Call, Turn
+    from dspy_resilient.targets.route import Admission
 
 try:  # what an adapter of DSPy 3.4 sets to say that a messages= call is its own
     from dspy.clients._deprecation import _adapter_call, adapter_message_call
@@ -100,6 +99,7 @@ class Attempt:
     """One request to one target.
 
     Attributes:
+        turn: How the call looks at its target.
         target: Where it goes.
         route: The way it takes there.
         call: Which call it belongs to.
@@ -113,16 +113,16 @@ class Attempt:
 
     def __init__(
         self,
-        target: Target,
+        turn: Turn,
         call: Call,
-        route: Route,
         admission: Admission,
         gate_permit: GatePermit,
         slot: Slot | None,
         funds: Funds | None = None,
     ) -> None:
-        self.target = target
-        self.route = route
+        self.turn = turn
+        self.target = target = turn.target
+        self.route = turn.route
         self.call = call
         self.settings, self.key = target.sent(call)
         self.seconds = self.paused = 0.0
@@ -193,8 +193,7 @@ class Attempt:
 
     def _prepare(self, name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Return DSPy's method as it is found now: what tracing has wrapped around it runs."""
-        args, kwargs = self.target.args(self.call), dict(self.target.kwargs(self.call))
-        return getattr(self.target.kind, name), args, kwargs
+        return getattr(self.target.kind, name), self.turn.args, dict(self.turn.kwargs)
 
     @contextlib.contextmanager
     def _scope(
@@ -326,6 +325,7 @@ class Attempt:
         self._mark.ended = True
         self.seconds = self._clock() - self._started
         self._account(self._billed())
+        self.route.note_answer(self._started, self.seconds)
         self._admission.answered()
         self._gate_permit.answered()
         if self._slot is not None:
@@ -355,13 +355,19 @@ class Attempt:
         if not self._reported and (not self._left_behind or verdict.outcome == Outcome.FAILURE):
             self._report(verdict, error)
             self._reported = True
+        elif not self._reported:
+            self._make_room()
         return verdict
 
     def _judge(self, error: BaseException) -> Verdict:
         facts = self._evidence.facts_of(error) if self._evidence is not None else {}
         broken = self._is_broken if self._http is None else self._http.is_broken
         return classify(
-            error, seconds=self.seconds, timeout=self.target.own_timeout, broken=broken, **facts
+            error,
+            seconds=self.seconds,
+            timeout=self.route.patience(self.turn.timeout),
+            broken=broken,
+            **facts,
         )
 
     def _billed(self) -> Spending:
@@ -386,6 +392,8 @@ class Attempt:
             self._account(UNANSWERED if is_open else NOT_BILLED)
         elif self._funds is not None:
             self._funds.release()
+        if verdict.outcome == Outcome.FAILURE:
+            self.route.note_failure(self._started)
         self._admission.failed(verdict, error)
         throttled = verdict.kind is Kind.THROTTLED
         if throttled or (verdict.kind is Kind.FAILURE and verdict.retry_after is not None):
@@ -398,11 +406,17 @@ class Attempt:
     def leave_behind(self) -> DeadlineExceededError:
         """Return the error for a caller who gives up while the request goes on.
 
-        Permit, gate and slot stay taken until the request has ended, unless it has run long
-        enough to count as a failure already.
+        It holds up no other call any more. What comes of it in the end is still reported to the
+        circuit, unless it has run long enough to count as a failure already.
         """
         self._left_behind = True
         return self.out_of_time()
+
+    def _make_room(self) -> None:
+        """Give back the places at gate and limits."""
+        self._gate_permit.release()
+        if self._slot is not None:
+            self._slot.release(ok=False)
 
     def arrive_late(self, answer: Answer) -> None:
         """Report an answer whose caller has given up, and keep it for the next one."""

@@ -18,19 +18,19 @@ from dspy_resilient.cache import Failed, Landed, Waiter, usable
 from dspy_resilient.errors import BrokenStateError, RestartLimitError
 from dspy_resilient.events import AttemptFailed, CacheHit, FellBack, FlightJoined
 from dspy_resilient.outcomes import Kind, redacted
-from dspy_resilient.pipeline.admission import clear_the_way, deadline_passed, outwait
+from dspy_resilient.pipeline.admission import clear_the_way
 from dspy_resilient.pipeline.failures import (
     AnswerFilteredError,
+    consider,
+    deadline_passed,
     excuses_stale,
-    is_our_circuits,
     is_the_providers,
     leads_on,
-    nobody_answered,
-    own_pause,
-    pause,
+    refusal,
     special_kind,
 )
 from dspy_resilient.pipeline.state import AttemptSummary, Disk, Prepare, Served, Turn, Wait
+from dspy_resilient.pipeline.waiting import is_needed, next_turn
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -48,17 +48,19 @@ if TYPE_CHECKING:
 def complete(call: Call, client: ClientState) -> Steps[Served]:
     """Answer `call`: from the cache, from an identical call under way, or from a target."""
     client.check_open()
+    call.deadline = client.clock() + call.budget
     hit = client.cache.recall(call.key) if call.key is not None else None
     if hit is None:
         call.detach()  # before anything is waited for
     if call.key is not None:
-        hit = hit or (yield from load(client, call.key))
+        hit = hit or (yield from load(call, client, call.key))
         if hit is not None:
             _announce_hit(client, hit)
             return Served(hit, hit=True)
     if not client.ready() and any(target.needs_litellm for target in call.every_target()):
+        before = client.clock()
         yield Prepare()
-    call.deadline = client.clock() + call.budget
+        call.deadline += client.clock() - before
     try:
         served = yield from _supervise(call, client)
     except Exception as error:
@@ -110,7 +112,7 @@ def _announce_hit(client: ClientState, hit: Answer, *, stale: bool = False) -> N
 
 
 def _share(call: Call, client: ClientState, key: str) -> Steps[Served]:
-    """Lead the flight of this key, or follow whoever does."""
+    """Lead the flight of this key, or follow its leader."""
     place = client.flights.join(key)
     try:
         if isinstance(place, Waiter):
@@ -134,22 +136,31 @@ def _share(call: Call, client: ClientState, key: str) -> Steps[Served]:
         elif is_the_providers(error):
             place.fail(error)
         else:
-            place.abandon()
+            place.abandon(call.held, call.held_until)
         raise
     return served
 
 
 def _follow(call: Call, client: ClientState, place: Waiter) -> Steps[Served | Lead]:
-    """Wait for the answer of whoever leads, or for the lead itself."""
+    """Wait for the leader's answer, or for the lead itself; send an own request past a straggler."""
     client.emit(FlightJoined)
-    news: Landed | Failed | Lead | None = yield Wait(place.future, call.left(client.clock()))
-    if news is None:
-        raise deadline_passed(call, client)
+    joined = client.clock()
+    news: Landed | Failed | Lead | None = None
+    while news is None:
+        patience = call.targets[0].route(call).patience_with_a_straggler()
+        left = call.left(client.clock())
+        news = yield Wait(place.future, min(left, place.straggles_in(patience)))
+        if news is None:
+            if call.left(client.clock()) <= 0:
+                raise deadline_passed(call, client)
+            news = place.overtake(patience)
     if isinstance(news, Failed):
         raise news.error
     if isinstance(news, Landed):
         client.tally.add("coalesced")
         return Served(news.answer, hit=True)
+    call.held = min(news.held, client.clock() - joined)  # it was held up behind the leader
+    call.held_until = news.held_until
     return news
 
 
@@ -182,34 +193,29 @@ def _ask_targets(
     targets: tuple[Target, ...],
     before: list[Exception],
 ) -> Steps[Served]:
-    """Ask one target after the other; wait for a circuit when none is left to ask.
+    """Ask the target that is ready, one attempt after the other; wait while none is.
 
     `before` holds the errors that led to these targets, if they are not the first.
     """
-    turns = [Turn(target) for target in targets]
-    error = before[-1] if before else None
-    kept_for = None if error is None else special_kind(error)
+    turns = [Turn(target, call) for target in targets]
+    kept_for = special_kind(before[-1]) if before else None
+    turn = turns[0]
     while True:
-        for turn in turns:
-            if turn.final:
-                continue
-            if error is not None and (before or turn is not turns[0]):
-                _announce_fallback(client, turn, error)
-                key = turn.target.key(call)
-                hit = key and (client.cache.recall(key) or (yield from load(client, key)))
-                if hit:
-                    _announce_hit(client, hit)
-                    return Served(hit, hit=True)
-            try:
-                return (yield from _ask(call, client, turn, lead))
-            except Exception as failure:
-                if not leads_on(failure, kept_for) or _is_over(call, client):
-                    raise
-                turn.error = error = failure
-                turn.final = not is_our_circuits(failure)
-        blocked = [turn.target.route(call) for turn in turns if not turn.final]
-        if not blocked or not (yield from outwait(call, client, blocked)):
-            raise nobody_answered(client, turns)
+        if (before or turn is not turns[0]) and not turn.announced:
+            hit = yield from _hand_over(call, client, turn, turns, before)
+            if hit is not None:
+                return Served(hit, hit=True)
+        try:
+            served = yield from _ask(call, client, turn, turns, lead)
+        except Exception as failure:
+            if not leads_on(failure, kept_for) or _is_over(call, client):
+                raise
+            turn.error = failure
+            turn.final = True
+        else:
+            if served is not None:
+                return served
+        turn = yield from next_turn(call, client, turns)
 
 
 def _is_over(call: Call, client: ClientState) -> bool:
@@ -217,18 +223,38 @@ def _is_over(call: Call, client: ClientState) -> bool:
     return call.left(client.clock()) <= 0 or client.in_flight.ended
 
 
-def _announce_fallback(client: ClientState, turn: Turn, before: Exception) -> None:
+def _hand_over(
+    call: Call, client: ClientState, turn: Turn, turns: list[Turn], before: list[Exception]
+) -> Steps[Answer | None]:
+    """Tell that the call goes on to a fallback, and return what is cached for it, if anything."""
+    turn.announced = True
+    for each in turns[: turns.index(turn)]:
+        if each.error is None:
+            each.error = refusal(client, each)
+    errors = [each.error for each in turns if each.error is not None] or before
     client.tally.add("fallbacks")
-    client.emit(FellBack, turn.target.label, error=type(before).__name__)
+    client.emit(FellBack, turn.route.label, error=type(errors[-1]).__name__)
+    if turn.key is None:
+        return None
+    hit = client.cache.recall(turn.key) or (yield from load(call, client, turn.key))
+    if hit is not None:
+        _announce_hit(client, hit)
+    return hit
 
 
-def _ask(call: Call, client: ClientState, turn: Turn, lead: Lead | None) -> Steps[Served]:
-    """Ask one target until it answers, refuses, or has used up its attempts."""
-    target = turn.target
-    route = target.route(call)
+def _ask(
+    call: Call, client: ClientState, turn: Turn, turns: list[Turn], lead: Lead | None
+) -> Steps[Served | None]:
+    """Send an attempt, and a second one at once after the first failure, if others are ready.
+
+    Returns None if the target did not answer and may be asked again later.
+    """
+    is_alone = partial(is_needed, client, turns, turn)
     while True:
-        seen = target.routes.supervisor.generation
-        call.sent = attempt = yield from clear_the_way(call, client, turn, route)
+        seen = turn.target.routes.supervisor.generation
+        call.sent = attempt = yield from clear_the_way(call, client, turn, is_alone)
+        if attempt is None:
+            return None
         try:
             if lead is not None:
                 lead.sent()
@@ -242,38 +268,25 @@ def _ask(call: Call, client: ClientState, turn: Turn, lead: Lead | None) -> Step
         else:
             return _take(call, client, attempt, answer)
         _note_failure(call, client, attempt, verdict, failure)
-        if lead is not None and (landed := lead.landed) is not None:
+        if lead is not None and (landed := lead.returned()) is not None:
             client.tally.add("coalesced")
             return Served(landed, hit=True)
-        yield from _make_ready(call, client, turn, attempt, seen, verdict, failure)
+        if verdict.kind is Kind.BROKEN:
+            _mend_target(client, turn, attempt, seen, failure)
+        elif consider(call, client, turn, attempt, verdict, failure, is_alone()):
+            yield Wait(None, turn.resume_at - client.clock())
+        else:
+            return None
 
 
-def _make_ready(
-    call: Call,
-    client: ClientState,
-    turn: Turn,
-    attempt: Attempt,
-    seen: int,
-    verdict: Verdict,
-    failure: Exception,
-) -> Steps[None]:
-    """Do what has to be done before the next attempt on this target; raise if there is none."""
-    route = attempt.route
-    if verdict.kind is Kind.BROKEN:
-        _mend(client, turn.target.routes, seen, failure, route.label)
-        if attempt.emitted or turn.mended:
-            raise failure
-        turn.mended = True
-    elif not verdict.retry:
+def _mend_target(
+    client: ClientState, turn: Turn, attempt: Attempt, seen: int, failure: Exception
+) -> None:
+    """Restart the client, so that the attempt can be repeated; raise if that was done already."""
+    _mend(client, turn.target.routes, seen, failure, turn.route.label)
+    if attempt.emitted or turn.mended:
         raise failure
-    elif verdict.kind is Kind.THROTTLED:
-        began = client.clock()
-        yield Wait(None, own_pause(call, client, turn, attempt, failure))
-        call.held += client.clock() - began
-    else:
-        if not (attempt.probe and call.has_patience(client.clock(), 0.0)):
-            turn.used += 1
-        yield Wait(None, pause(call, client, turn, route, failure))
+    turn.mended = True
 
 
 def _take(call: Call, client: ClientState, attempt: Attempt, answer: Answer) -> Served:
@@ -306,12 +319,13 @@ def _note_failure(
         )
 
 
-def load(client: ClientState, key: str) -> Steps[Answer | None]:
+def load(call: Call, client: ClientState, key: str) -> Steps[Answer | None]:
     """Return the answer that is not in memory but on disk, or with others who share, or None."""
     cache = client.cache
     answer: Answer | None = None
     if cache.has_disk:
-        answer = yield Disk(client.worker, partial(cache.load, key))
+        left = call.left(client.clock())
+        answer = yield Disk(client.worker, partial(cache.load, key), left)
     if answer is None and cache.others is not None:
         seen = cache.evictions
         found = yield from _hear(cache.others, cache.others.load(key))

@@ -36,11 +36,10 @@ if TYPE_CHECKING:
     from dspy_resilient.limits import GatePermit, Slot
     from dspy_resilient.lm.options import Options
     from dspy_resilient.pipeline.spending import Funds
-    from dspy_resilient.pipeline.state import Call
+    from dspy_resilient.pipeline.state import Call, Turn
     from dspy_resilient.providers.endpoint import Endpoint, Place
     from dspy_resilient.shared import SharedState
     from dspy_resilient.targets.route import Admission, Route
-    from dspy_resilient.targets.target import Target
 
 
 _PERIODS = {"client": math.inf, "day": 86_400.0, "hour": 3_600.0}
@@ -178,16 +177,15 @@ class ClientState:
 
     def attempt(
         self,
-        target: Target,
+        turn: Turn,
         call: Call,
-        route: Route,
         admission: Admission,
         gate_permit: GatePermit,
         slot: Slot | None,
         funds: Funds | None,
     ) -> Attempt:
         """Return one attempt, ready to be sent."""
-        return Attempt(target, call, route, admission, gate_permit, slot, funds)
+        return Attempt(turn, call, admission, gate_permit, slot, funds)
 
     def meter(self, target: str) -> Meter:
         """Return what estimates requests to the target of this label."""

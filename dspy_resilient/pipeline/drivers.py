@@ -30,7 +30,12 @@ T = TypeVar("T")
 
 def on_a_loop() -> bool:
     """Whether an event loop is running on this thread, so that blocking could stop its tasks."""
-    return asyncio._get_running_loop() is not None  # noqa: SLF001  # the documented fast spelling
+    return running_loop() is not None
+
+
+def running_loop() -> object:
+    """Return the event loop that is running on this thread, or None."""
+    return asyncio._get_running_loop()  # noqa: SLF001  # the documented fast spelling
 
 
 _LONGEST_WAIT = threading.TIMEOUT_MAX
@@ -102,7 +107,7 @@ def _perform(step: Wait | Prepare | Disk | Attempt, running: Running) -> Any:
     if isinstance(step, Prepare):
         return providers.load()
     if isinstance(step, Disk):
-        return step.work()
+        return step.work() if math.isinf(step.seconds) else _wait(_on_worker(step), running)
     may_leave = math.isfinite(step.limit) or running.calls.are_endable
     if step.call.streams:
         from anyio import from_thread  # noqa: PLC0415  # a DSPy sync stream runs in AnyIO's thread
@@ -119,8 +124,12 @@ async def _aperform(step: Wait | Prepare | Disk | Attempt, running: Running) -> 
     if isinstance(step, Prepare):
         return await asyncio.to_thread(providers.load)
     if isinstance(step, Disk):
-        return await _await(Wait(step.worker.do(step.work), _PATIENCE_WITH_A_DISK), running)
+        return await _await(_on_worker(step), running)
     return await _attempt_within(step, running)
+
+
+def _on_worker(step: Disk) -> Wait:
+    return Wait(step.worker.do(step.work), min(step.seconds, _PATIENCE_WITH_A_DISK))
 
 
 def _wait(step: Wait, running: Running) -> Any:

@@ -201,6 +201,10 @@ class _OnLoops:
             when_closed(loop, partial(_end_all, calls))
         calls.add(running)
 
+    def has_any(self, loop: Loop) -> bool:
+        """Whether calls on `loop` are under way."""
+        return bool(self._by_loop.get(loop))
+
     def discard(self, running: Running, loop: Loop) -> None:
         """Hold a call that has ended no more."""
         calls = self._by_loop.get(loop)
@@ -214,3 +218,8 @@ def _end_all(calls: set[Running]) -> None:
 
 
 _on_loops = _OnLoops()
+
+
+def has_calls_on(loop: Loop) -> bool:
+    """Whether calls, of whatever client, are under way that only `loop` goes on with."""
+    return _on_loops.has_any(loop)

@@ -59,13 +59,15 @@ class Call:
         targets: The primary and its fallbacks, in order.
         special: Who else may be asked about a prompt that is too long, or refused.
         streams: Whether chunks go to a consumer while the call runs.
-        may_wait: Whether the caller can wait for an identical call without risk of deadlock.
+        may_wait: Whether the caller can wait for other calls without risk of deadlock.
+        loop: The running event loop that waiting would block, or None.
         max_attempts: Attempts per target.
-        max_wait: Seconds to wait for an open circuit.
+        max_wait: Seconds for which it may be held up, all in all, by open circuits and 429s.
         budget: Seconds for the whole call (the deadline), or inf.
         settings: The client's own settings when the call was made.
         messages: The caller's own list of messages, by which an adapter's call is known.
         held: Seconds for which it has been held up so far.
+        held_until: The clock's reading when that had used up `max_wait`, or None.
     """
 
     method: str
@@ -77,12 +79,13 @@ class Call:
     special: Mapping[Kind, tuple[Target, ...]]
     streams: bool
     may_wait: bool
+    loop: Any
     max_attempts: int
     max_wait: float
     budget: float
     deadline: float = math.inf
-    patience: float | None = None
     held: float = 0.0
+    held_until: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     messages: Any = None
     filtered: Answer | None = None
@@ -112,17 +115,6 @@ class Call:
         """Return the seconds until the deadline."""
         return self.deadline - now
 
-    def has_patience(self, now: float, wait: float) -> bool:
-        """Whether waiting `wait` seconds for a circuit fits `max_wait` and the deadline.
-
-        The patience starts with the first circuit that this call finds open. An unknown wait
-        (inf: somebody else's probe is under way) fits as long as any patience is left.
-        """
-        if self.patience is None:
-            self.patience = now + self.max_wait
-        end = min(self.patience, self.deadline)
-        return now < end if math.isinf(wait) else now + wait <= end
-
 
 def _apart(value: Any) -> Any:
     """Return `value` with lists and dicts of its own; what is in them stays."""
@@ -133,25 +125,91 @@ def _apart(value: Any) -> Any:
     return value
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Turn:
-    """One target's share of a call.
+    """One target's share of a call: how the call looks there, and how far it has got.
 
     Attributes:
-        target: Who is asked.
+        target: The target that is asked.
+        call: The call.
+        kwargs: Its keywords, as this target sees them.
+        args: Its positional arguments, likewise.
+        route: The way it takes there.
         used: Attempts that count.
+        failures: Attempts that failed, those included that do not count.
+        throttled: 429s in a row.
+        failed_at: The clock's reading at its first failure, or None.
+        resume_at: The clock's reading before which this call does not ask again.
+        is_held: Whether that pause counts as being held up.
+        is_forced: Whether its next attempt goes through a closed throttle gate.
+        is_crowded: Whether it had no room when another target had.
         error: How it ended the last time, if it did.
         final: Whether it is not to be asked again.
         mended: Whether its client was restarted for this call.
-        throttled: 429s it has answered with.
+        announced: Whether the hand-over to it has been told.
     """
 
-    target: Target
-    used: int = 0
-    error: Exception | None = None
-    final: bool = False
-    mended: bool = False
-    throttled: int = 0
+    __slots__ = (
+        "_key",
+        "announced",
+        "args",
+        "call",
+        "error",
+        "failed_at",
+        "failures",
+        "final",
+        "is_crowded",
+        "is_forced",
+        "is_held",
+        "kwargs",
+        "mended",
+        "resume_at",
+        "route",
+        "target",
+        "throttled",
+        "used",
+    )
+
+    def __init__(self, target: Target, call: Call) -> None:
+        self.target = target
+        self.call = call
+        self.kwargs = target.kwargs(call)
+        self.args = target.args(call)
+        self.route = target.routes.find(target.lm, self.kwargs)
+        self._key: str | None = None
+        self.used = self.failures = self.throttled = 0
+        self.failed_at: float | None = None
+        self.resume_at = -math.inf
+        self.error: Exception | None = None
+        self.final = self.mended = self.announced = self.is_held = False
+        self.is_crowded = self.is_forced = False
+
+    @property
+    def key(self) -> str | None:
+        """The cache key of the call at this target, or None if it is not cached."""
+        if self._key is None and self.call.key is not None:
+            is_primary = self.target is self.call.targets[0]
+            self._key = self.call.key if is_primary else self.target.key(self.call)
+        return self._key
+
+    @property
+    def timeout(self) -> float | None:
+        """The timeout of one attempt in seconds, or None if it has none."""
+        return self.target.timeout(self.call)
+
+    def wait_time(self, now: float) -> float:
+        """Return the seconds until it may be asked: its circuits, its gate, its own pause."""
+        route = self.route
+        return max(self.resume_at - now, route.wait_time(), route.gate.wait_time())
+
+    def is_ready(self, now: float) -> bool:
+        """Whether it has given this call no trouble, and would take it at once."""
+        return (
+            not self.final
+            and self.failed_at is None
+            and self.wait_time(now) <= 0
+            and self.route.has_room()
+            and self.target.refusal() is None
+        )
 
 
 T = TypeVar("T")
@@ -174,11 +232,13 @@ class Prepare:
 class Disk:
     """Step: do `work`, which reads or writes a file; its result is handed back.
 
-    On a loop, `worker` does it.
+    On a loop, or where it may take some seconds only, `worker` does it; None is handed back after
+    those.
     """
 
     worker: Worker
     work: Callable[[], Any]
+    seconds: float = math.inf
 
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -41,6 +42,24 @@ class Stopwatch:
     def latency(self) -> Latency:
         """Return the durations so far."""
         return Latency(tuple(self._counts), self._total)
+
+
+class RecentTimes:
+    """How long the last 100 answers took; safe for threads."""
+
+    __slots__ = ("_seconds",)
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=100)
+
+    def record(self, seconds: float) -> None:
+        """Note one."""
+        self._seconds.append(seconds)
+
+    def p95(self) -> float | None:
+        """Return the time within which 95 % of them came, or None without one."""
+        seconds = sorted(self._seconds)
+        return seconds[int(0.95 * len(seconds))] if seconds else None
 
 
 @dataclass(frozen=True, repr=False, slots=True)

@@ -20,7 +20,7 @@ from dspy_resilient._support.fork import renew_after_fork
 from dspy_resilient.circuit import CircuitState
 from dspy_resilient.outcomes import Kind, Outcome, classify, redacted
 from dspy_resilient.providers.endpoint import resolve
-from dspy_resilient.stats.latency import duration
+from dspy_resilient.stats.latency import RecentTimes, duration
 from dspy_resilient.targets.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from dspy_resilient.shared.link import Link
 
 _AUTH_FAILURES = 3
+_SLOW = 3.0  # times the recent p95, from which an attempt is no longer merely slow
+_LEAST_PATIENCE = 1.0
+_UNKNOWN = 2.0  # seconds that pass for slow where nothing was answered yet
 
 
 class Admission:
@@ -80,7 +83,12 @@ class Admission:
 
 
 class Route:
-    """One way to a provider: a circuit per endpoint, and gate, limits and access per credential."""
+    """One way to a provider: a circuit per endpoint, and gate, limits and access per credential.
+
+    Attributes:
+        answered_from: The clock's reading when the youngest attempt began that was answered.
+        failed_from: The same of the youngest that failed.
+    """
 
     def __init__(
         self,
@@ -100,6 +108,8 @@ class Route:
         self.links = cast("tuple[Link[Any, Any], ...]", (gate,) if shares else ())
         self._new_limiter = partial(runtime.new_limiter, label, place)
         self.limiter = self._new_limiter()
+        self.answered_from = self.failed_from = -math.inf
+        self._times = RecentTimes()
         self._runtime = runtime
         if circuit is not None and circuit.policy.listen == "provider":
             providers.subscribe(self.service, _hear, circuit)
@@ -141,6 +151,39 @@ class Route:
                     permit.neutral()
                 return None
         return Admission(self, permit, access)
+
+    def note_answer(self, began: float, seconds: float) -> None:
+        """Note an answer to an attempt that began then and took so long."""
+        self.answered_from = max(self.answered_from, began)
+        self._times.record(seconds)
+
+    def note_failure(self, began: float) -> None:
+        """Note that an attempt that began then has failed."""
+        self.failed_from = max(self.failed_from, began)
+
+    def patience_with_a_straggler(self) -> float:
+        """Return the seconds after which an identical call sends a request of its own."""
+        p95 = self._times.p95()
+        return math.inf if p95 is None else max(_LEAST_PATIENCE, _SLOW * p95)
+
+    def patience(self, timeout: float | None) -> float:
+        """Return the seconds after which an attempt that ran out of time is the provider's failure.
+
+        Args:
+            timeout: The attempt's own timeout, if it has one.
+        """
+        p95 = self._times.p95()
+        slow = _UNKNOWN if p95 is None else _SLOW * p95
+        return min(slow, math.inf if timeout is None else timeout)
+
+    def has_room(self) -> bool:
+        """Whether the limits would let an attempt in now."""
+        return self.limiter is None or self.limiter.has_room()
+
+    def is_shut_out(self) -> bool:
+        """Whether the credential is refused, or a circuit is open until a person closes it."""
+        refused = self.access is not None and self.access.wait_time() > 0
+        return refused or math.isinf(self.wait_time())
 
     def blocker(self) -> CircuitBreaker:
         """Return the circuit that refuses longest (the endpoint's own if none does)."""

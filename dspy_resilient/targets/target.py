@@ -103,13 +103,8 @@ class Target:
         return dataclasses.replace(request, model=model, config=config), *call.args[1:]
 
     def timeout(self, call: Call) -> float | None:
-        """Return the timeout of one attempt in seconds, or None if it is not a plain number."""
+        """Return the timeout of one attempt in seconds, or None if it has none."""
         return _seconds({**self.lm.kwargs, **self.kwargs(call)}.get("timeout"))
-
-    @property
-    def own_timeout(self) -> float | None:
-        """The client's own timeout, whatever a call may have set for itself."""
-        return _seconds(self.lm.kwargs.get("timeout"))
 
     def sent(self, call: Call) -> tuple[dict[str, Any], str | None]:
         """Return the LM's settings, and the key of an answer to a call sent with them, as of now.
@@ -150,4 +145,9 @@ class Target:
 
 
 def _seconds(timeout: Any) -> float | None:
-    return timeout if isinstance(timeout, (int, float)) else None
+    """Return a timeout as seconds: a number, a number in a str, or the read timeout of httpx."""
+    timeout = getattr(timeout, "read", timeout)
+    try:
+        return None if timeout is None else float(timeout)
+    except (TypeError, ValueError):
+        return None

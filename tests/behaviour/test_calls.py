@@ -103,7 +103,7 @@ def test_a_failed_attempt_is_repeated_until_it_is_answered(provider, make, ask):
 
 def test_attempts_used_up_raise_the_providers_own_error(provider, make, ask):
     """A provider's error leaves unchanged, with the attempts attached."""
-    lm = make(num_retries=1, retry=RetryPolicy(base=0.0, max_attempts=2))
+    lm = make(retry=RetryPolicy(base=0.0, max_attempts=2), max_wait=0)
     provider.always(Status(500))
     with pytest.raises(dspy.LMServerError) as caught:
         ask(lm, "q")
@@ -117,9 +117,9 @@ def test_num_retries_means_what_it_says_wherever_it_is_given(provider, make, ask
     provider.always(Status(500))
     quick = RetryPolicy(base=0.0, max_attempts=retries + 1)
     for lm, options in [
-        (make(retry=quick), {}),
-        (make(retry=AT_ONCE), {"num_retries": retries}),
-        (make(retry=AT_ONCE).copy(num_retries=retries), {}),
+        (make(retry=quick, max_wait=0), {}),
+        (make(retry=AT_ONCE, max_wait=0), {"num_retries": retries}),
+        (make(retry=AT_ONCE, max_wait=0).copy(num_retries=retries), {}),
     ]:
         provider.clear()
         with pytest.raises(dspy.LMServerError):
@@ -164,9 +164,10 @@ def test_a_call_waits_for_an_open_circuit_while_its_patience_lasts(provider, mak
     assert lm.circuit.state == "closed"
 
 
-def test_a_wait_that_does_not_fit_is_not_begun(provider, make, ask):
-    """An outage fails fast."""
-    lm = make(circuit=FRAGILE, max_wait=5, num_retries=0)
+@pytest.mark.parametrize("max_wait", [0, 1.5])
+def test_a_call_is_refused_when_max_wait_is_over_and_not_before(provider, make, ask, max_wait):
+    """However long the circuit is going to be open: a batch that fails fast burns its data."""
+    lm = make(circuit=FRAGILE, max_wait=max_wait, num_retries=0)
     provider.always(Status(500))
     for _ in range(2):
         with pytest.raises(dspy.LMServerError):
@@ -174,7 +175,7 @@ def test_a_wait_that_does_not_fit_is_not_begun(provider, make, ask):
     begun = time.monotonic()
     with pytest.raises(CircuitOpenError):
         ask(lm, "q")
-    assert time.monotonic() - begun < 2
+    assert max_wait <= time.monotonic() - begun < 2 * max_wait + 2
 
 
 def test_failing_as_the_probe_uses_up_no_attempt_while_patience_lasts(provider, make, ask):

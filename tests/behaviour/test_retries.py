@@ -12,7 +12,7 @@ from dspy_resilient import RetryPolicy
 from dspy_resilient.events import RetryScheduled
 
 ALWAYS = (0.0, math.inf)
-NO_CIRCUIT = {"circuit": False, "latency": (0.1, 0.1)}
+NO_CIRCUIT = {"circuit": False, "max_wait": 0, "latency": (0.1, 0.1)}
 
 
 def retries_of(drill_with):

@@ -30,6 +30,7 @@ class Call:
     real: GatePermit | None
     era: int
     reported: bool = False
+    number: int = 0
 
 
 @dataclass
@@ -44,7 +45,11 @@ class Model:
     let_in: int = 0
     answers: int = 0
     share: float = 0.0
-    run: int = 0
+    verdicts: int = 0
+    numbers: int = 0
+    accepted: int = 0
+    refused: list = field(default_factory=list)
+    under_way: set = field(default_factory=set)
     line: list = field(default_factory=list)
     called: set = field(default_factory=set)
 
@@ -58,9 +63,18 @@ class Model:
 
     def need(self):
         """How many 429s in a row are too many."""
-        if self.share < 0.001:
+        if self.share < 1e-4:
             return 1
-        return next((n for n in range(1, 10) if self.share**n <= 0.001), 10)
+        return next((n for n in range(1, 30) if self.share**n <= 1e-4), 30)
+
+    def learn(self, verdict):
+        self.verdicts = min(self.verdicts + 1, 50)
+        self.share += (verdict - self.share) / self.verdicts
+
+    def send(self, call):
+        self.numbers += 1
+        call.number = self.numbers
+        self.under_way.add(call.number)
 
     def call_waiters(self, count=math.inf):
         while self.line and count > 0:
@@ -89,10 +103,14 @@ class Model:
         call.reported = True
         if not self.open and call.era != self.era:
             return
-        for _ in range(min(self.run, self.need())):
-            self.share += (1 - self.share) / 50
-        self.share -= self.share / 50
-        self.run = 0
+        self.under_way.discard(call.number)
+        number = call.number or math.inf
+        earlier = [each for each in self.refused if each < number]
+        for _ in range(min(len(earlier), self.need())):
+            self.learn(1)
+        self.refused = [each for each in self.refused if each > number]
+        self.accepted = max(self.accepted, call.number)
+        self.learn(0)
         if call.era != self.era or self.open:
             return
         self.closings = 0
@@ -106,8 +124,13 @@ class Model:
         if call.reported:
             return
         call.reported = True
-        self.run += 1
-        if self.run < self.need() and now >= self.until:
+        if not call.number:
+            self.send(call)
+        self.under_way.discard(call.number)
+        if call.number > self.accepted:
+            self.refused.append(call.number)
+        run = [each for each in self.refused if each > max(self.under_way, default=0)]
+        if len(run) < self.need() and now >= self.until:
             return
         news = self.open or call.era == self.era
         if news:
@@ -121,6 +144,7 @@ class Model:
         self.until = max(self.until, now + pause)
 
     def release(self, call):
+        self.under_way.discard(call.number)
         if not call.reported and not self.open and call.era == self.era and self.let_in:
             self.let_in -= 1
             self.call_waiters(1)
@@ -133,13 +157,13 @@ class GateMachine(RuleBasedStateMachine):
     permits = Bundle("permits")
     waiters = Bundle("waiters")
 
-    @initialize(share=st.sampled_from([0.0, 0.2, 0.9]))
-    def build(self, share):
+    @initialize(share=st.sampled_from([0.0, 0.2, 0.9]), verdicts=st.sampled_from([0, 50]))
+    def build(self, share, verdicts):
         self.clock = Clock()
         self.draw = 1.0
         self.gate = ThrottleGate(clock=self.clock, random=lambda: self.draw)
-        self.model = Model(share=share)
-        self.gate._share = share
+        self.model = Model(share=share, verdicts=verdicts)
+        self.gate._share, self.gate._verdicts = share, verdicts
         self.promised = -math.inf
 
     def ask(self):
@@ -148,9 +172,13 @@ class GateMachine(RuleBasedStateMachine):
         assert (permit is not None) == expected
         return Call(permit, self.model.era, reported=permit is None)
 
-    @rule(target=permits)
-    def admit(self):
-        return self.ask()
+    @rule(target=permits, sent=st.booleans())
+    def admit(self, sent):
+        call = self.ask()
+        if sent and call.real is not None:
+            call.real.sent()
+            self.model.send(call)
+        return call
 
     @rule(call=permits)
     def answered(self, call):
@@ -176,6 +204,7 @@ class GateMachine(RuleBasedStateMachine):
 
     @rule(call=consumes(permits))
     def lose(self, call):
+        """It counts as under way for good, which only requests sent before it notice."""
         call.real = None
 
     @rule(times=st.integers(1, 8), answered=st.booleans())
@@ -226,7 +255,8 @@ class GateMachine(RuleBasedStateMachine):
         behind = model.wait(now, max(0, len(model.line) - 1))
         assert gate.recheck_time() == pytest.approx(behind)
         assert gate.hint == (model.hinted - now if model.hinted > now else None)
-        assert (gate._run, gate._share) == (model.run, pytest.approx(model.share))
+        assert gate._share == pytest.approx(model.share)
+        assert gate._refused == model.refused
 
     @invariant()
     def never_opens_before_its_time(self):

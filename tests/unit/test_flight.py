@@ -182,7 +182,7 @@ def test_nobody_waits_behind_an_old_attempt():
     assert isinstance(second, Lead)
     assert isinstance(flights.join("k"), Waiter)
     assert not waiter.future.done()
-    assert lead.landed is None
+    assert lead.returned() is None
 
 
 def test_age_counts_from_the_latest_send():
@@ -210,10 +210,10 @@ def test_first_answer_serves_both_leads(first):
     late = flights.join("k")
     leads[first].land(ANSWER)
     assert news(early) == news(late) == Landed(ANSWER)
-    assert leads[1 - first].landed is ANSWER
+    assert leads[1 - first].returned() is ANSWER
     assert len(flights) == 0
     leads[1 - first].land(OTHER)
-    assert leads[first].landed is ANSWER
+    assert leads[first].returned() is ANSWER
     assert len(flights) == 0
 
 
