@@ -297,6 +297,7 @@ class Machine:
         self.reason = view.reason
         self.last_error = view.error
         if not self.passes:
+            self.state = view.state  # what was forced for a time may be over
             self.open_until = now + view.remaining
 
     def _leave_closed(self, now: float) -> None:

@@ -188,9 +188,21 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
 
     # Control by hand
 
-    def trip(self, *args: Any, **kwargs: Any) -> None:
-        """Open for everybody; see `CircuitBreaker.trip`."""
-        super().trip(*args, **kwargs)
+    def trip(
+        self,
+        reason: str = "manual",
+        *,
+        error: BaseException | str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        """Open for all; see `CircuitBreaker.trip`."""
+        machine, before = self._machine, self._machine.generation
+        super().trip(reason, error=error, retry_after=retry_after)
+        with self._lock:
+            hint = machine.floor(retry_after)
+            if machine.generation == before and hint > 0 and machine.state is CircuitState.OPEN:
+                text, began = machine.last_error, self._clock()  # only for longer: no other change
+                self._outbox.append(CircuitVerdict(_FAILURE, -began, 1, 0, reason, text, hint))
         self.ask()
 
     def force_open(self, reason: str = "manual", seconds: float | None = None) -> None:

@@ -21,6 +21,9 @@ from hypothesis.stateful import (
 from dspy_resilient.circuit import CircuitBreaker, Permit
 from dspy_resilient.events import CircuitClosed, CircuitHalfOpened, CircuitOpened
 from dspy_resilient.policies import CircuitPolicy
+from dspy_resilient.shared import MemoryStore
+from dspy_resilient.shared.circuit import SharedCircuit
+from dspy_resilient.shared.link import Contact, carry
 from dspy_resilient.testing import Clock
 
 BUCKETS = 12
@@ -28,7 +31,7 @@ LONGEST_HINT = 30.0
 CLOSED = ("closed", "forced_closed")
 OUTCOMES = st.sampled_from(["success", "failure", "failure", "neutral"])
 GAPS = st.sampled_from([0.0, 0.25, 2.0])
-DRAWS = st.sampled_from([0.0, 0.25, 0.5, 0.999])
+DRAWS = st.sampled_from([0.0, 0.25, 0.5, 0.75])
 SWITCHES = st.sampled_from(
     ["trip", "force_open", "force_half_open", "force_closed", "auto", "auto", "reset"]
 )
@@ -185,7 +188,7 @@ class CircuitMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.draw = 0.5
         self.events = []
-        self.breaker = CircuitBreaker(
+        self.breaker = self.make(
             policy, clock=self.clock, random=lambda: self.draw, listener=self.events.append,
             longest_hint=LONGEST_HINT,
         )  # fmt: skip
@@ -193,10 +196,19 @@ class CircuitMachine(RuleBasedStateMachine):
         self.line = []
         self.sent = []  # when each probe went, and the era
 
+    def make(self, policy, **facts):
+        return CircuitBreaker(policy, **facts)
+
+    def try_admit(self):
+        return self.breaker.try_admit()
+
+    def settle(self):
+        """Let what was reported take effect."""
+
     def ask(self):
         now, model = self.clock(), self.model
         expected = model.lets_in(now, self.draw)
-        permit = self.breaker.try_admit()
+        permit = self.try_admit()
         observes = model.policy.mode == "observe"
         assert (permit is not None) == (expected is not None or observes)
         if permit is None:
@@ -215,6 +227,7 @@ class CircuitMachine(RuleBasedStateMachine):
             call.real.failure(retry_after=hint, reason=reason)
         else:
             getattr(call.real, outcome)()
+        self.settle()
         self.model.report(call, outcome, self.clock(), self.draw, hint, reason == "billing")
 
     @rule(outcomes=st.lists(OUTCOMES, min_size=1, max_size=6), seconds=GAPS)
@@ -277,7 +290,7 @@ class CircuitMachine(RuleBasedStateMachine):
 
     @rule(switch=SWITCHES, seconds=st.sampled_from([None, 2.0, 1000.0]))
     def switch(self, switch, seconds):
-        now, model = self.clock(), self.model
+        now, model = self.clock.advance(0.25), self.model
         seen = model.seen(now)
         if switch == "trip":
             self.breaker.trip(retry_after=seconds)
@@ -349,11 +362,44 @@ class CircuitMachine(RuleBasedStateMachine):
         """Whatever happened, one quick answer to a probe closes it: it is never stuck."""
         if not hasattr(self, "breaker"):
             return
+        self.clock.advance(0.25)
         self.breaker.auto()
         self.clock.advance(self.breaker.open_remaining)
-        self.breaker.admit().success()
+        self.try_admit().success()
+        self.settle()
         assert self.breaker.closed
 
 
+class Messenger:
+    """Carries what the circuit has to say at once, where a courier has a thread."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.contact = Contact(clock=clock, emit=lambda *_, **__: None)
+        self._store = MemoryStore(clock=clock)
+
+    def send(self, link):
+        carry(self._store, [link])
+
+    def watch(self, link):
+        self.send(link)
+
+
+class SharedCircuitMachine(CircuitMachine):
+    """The same for a circuit whose state lies in a store."""
+
+    def make(self, policy, **facts):
+        return SharedCircuit(Messenger(self.clock), "{k}", policy, **facts)
+
+    def try_admit(self):
+        with self.breaker.consulting():
+            return self.breaker.try_admit()
+
+    def settle(self):
+        self.breaker.ask()
+
+
+TestSharedCircuit = pytest.mark.timeout(600)(SharedCircuitMachine.TestCase)
+TestSharedCircuit.settings = settings(stateful_step_count=60)
 TestCircuit = pytest.mark.timeout(600)(CircuitMachine.TestCase)
 TestCircuit.settings = settings(stateful_step_count=60)
