@@ -1,4 +1,4 @@
-"""Who holds a place, who waits for one, and who is to be told.
+"""Who waits, and who is to be told.
 
 What the circuit and the throttle gate have in common. Nothing here decides who may go, waits for
 anything, or starts a thread.
@@ -24,44 +24,6 @@ if TYPE_CHECKING:
 
 
 _SAME = 1.0  # seconds by which two readings of the end of one wait may differ
-
-
-class LeaseTable:
-    """Places taken by calls under way, each until it is given back or its lease is over.
-
-    A holder whose lease is over loses its place, whatever became of it: a lost or hanging call
-    blocks a place for a limited time only. Needs its owner's lock.
-    """
-
-    __slots__ = ("_leases", "next_end")
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Take back all places."""
-        self._leases: dict[object, float] = {}
-        self.next_end = math.inf  # no lease ends before this; one that was given back may have
-
-    def take(self, holder: object, until: float) -> None:
-        """Give `holder` a place until the clock reads `until`."""
-        self._leases[holder] = until
-        self.next_end = min(self.next_end, until)
-
-    def give_back(self, holder: object) -> bool:
-        """Take back the place of `holder`; False if it had none any more."""
-        return self._leases.pop(holder, None) is not None
-
-    def taken(self, now: float) -> int:
-        """Return how many places are taken, after ending the leases that are over."""
-        return len(self.leases(now))
-
-    def leases(self, now: float) -> dict[object, float]:
-        """Return who has a place, and until when, after ending the leases that are over."""
-        if now >= self.next_end:
-            self._leases = {who: until for who, until in self._leases.items() if until > now}
-            self.next_end = min(self._leases.values(), default=math.inf)
-        return self._leases
 
 
 class Notifier:
@@ -169,12 +131,10 @@ class WaitQueue:
         # while it is in here, and the generator then reports its permit.
         self._lock = threading.RLock()
         self._notifier = Notifier(listener)
-        self._leases = LeaseTable()
 
     def renew(self) -> None:
         """Make it usable in a forked child, where its callers do not exist."""
         self._lock = threading.RLock()
-        self._leases.clear()
         self._notifier.renew()
 
     @abstractmethod
@@ -184,23 +144,19 @@ class WaitQueue:
     def wait_time(self) -> float:
         """Return the seconds until it makes sense to ask for leave again.
 
-        0.0 if a call would be let through now, exact while the end of the wait is known, and
-        `math.inf` while nobody can tell: those who were let through have not reported yet, or only
-        somebody's hand can end it. Who means to wait all the same enlists.
+        0.0 if a call would be let through now, and `math.inf` if only a hand can end the wait. A
+        caller that means to wait enlists.
         """
         with self._lock:
             return self._wait(self._clock())
 
     def recheck_time(self) -> float:
-        """Return the seconds after which a waiter must ask again though nobody has called it.
+        """Return the seconds after which a waiter must ask again though it was not called.
 
-        The clock alone may end the wait, or the lease of a call that hangs or was lost, and there
-        is no timer to tell. `math.inf` if only somebody's doing can change anything.
+        There is no timer to tell that the clock alone has ended the wait. `math.inf` if only a
+        hand can change anything.
         """
-        with self._lock:
-            now = self._clock()
-            wait = self._wait(now)
-            return max(0.0, self._leases.next_end - now) if math.isinf(wait) else wait
+        return self.wait_time()
 
     def is_news(self, until: float) -> bool:
         """Whether nobody has been told yet of a wait that lasts until the clock reads `until`."""
@@ -214,10 +170,9 @@ class WaitQueue:
         """Return a future that is resolved as soon as there is something new for this waiter.
 
         Its result is the seconds after which to ask again: those who wait do not go all at once.
-        Each place that becomes free calls one waiter, the one that has waited longest; every
-        greater change calls all. To be called is not to be let through: ask again, and enlist
-        again if refused. Wait no longer than `recheck_time()`. Who was not called, or was but does
-        not ask again, must `leave`.
+        To be called is not to be let through: ask again, and enlist again if refused. Wait no
+        longer than `recheck_time()`. A waiter that was not called, or was but does not ask again,
+        must `leave`.
         """
         waiter: Future[float] = Future()
         with self._lock:

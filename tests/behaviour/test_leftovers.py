@@ -26,7 +26,6 @@ def left_behind(lm):
         if route.limiter is not None:
             found["attempts"] = route.limiter.in_use
             found["queued"] = route.limiter.queued
-        found["places"] = sum(len(each._leases._leases) for each in queues)
         found["waiters"] = sum(each._notifier.waiting for each in queues)
     return {what: count for what, count in found.items() if count}
 

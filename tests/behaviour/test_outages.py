@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import signal
 import threading
 import time
@@ -76,7 +75,7 @@ def leftovers(lm):
         parts = {"gate": route.gate, "circuit": route.circuit}
         for name, part in parts.items():
             if part is not None:
-                held[name, route.label] = part._leases.taken(math.inf) + part._notifier.waiting
+                held[name, route.label] = part._notifier.waiting
         if route.limiter is not None:
             held["limits", route.label] = route.limiter.in_use + route.limiter.queued
     return {name: count for name, count in held.items() if count}
