@@ -131,14 +131,10 @@ class ThrottleGate(WaitQueue):
 
     # Asking and reporting
 
-    def admit(self, *, force: bool = False) -> GatePermit | None:
-        """Return leave to send one call, or None while closed or while enough have been let in.
-
-        Args:
-            force: Whether the call goes all the same.
-        """
+    def admit(self) -> GatePermit | None:
+        """Return leave to send one call, or None while closed or while enough have been let in."""
         generation = self._generation  # read first: a permit must never look younger than it is
-        if self._open or force:
+        if self._open:
             return GatePermit(self, generation)
         with self._lock:
             now = self._clock()

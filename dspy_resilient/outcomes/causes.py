@@ -83,6 +83,14 @@ class Causes:
         names = {base.__name__ for base in type(self.chain[-1]).__mro__}
         return not _MISHAPS.isdisjoint(names) and "OSError" not in names
 
+    def texts(self) -> Iterator[str]:
+        """Yield the messages of the errors, and their bodies where the SDK keeps them."""
+        for each in self.chain:
+            yield _text(each)
+            body = _get(each, "body")
+            if isinstance(body, (dict, list)):
+                yield str(body)
+
     def attributes(self, name: str) -> Iterator[Any]:
         """Yield the attribute `name` of every error, None where there is none."""
         return (_get(each, name) for each in self.chain)
@@ -185,3 +193,10 @@ def may_be_billed(error: BaseException) -> bool:
     """
     causes = Causes(error)
     return causes.wire_status is None and not causes.names & _NEVER_ARRIVED
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  # nor may a broken __str__ hide the error
+        return ""

@@ -21,6 +21,12 @@ _BUSY = (429, 503, 529)
 
 _RESET = re.compile(r"x-ratelimit-reset-.+|anthropic-ratelimit-.+-reset")
 _SPAN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|d)")
+_LONGEST_BODY = 20_000
+_SENTENCE = re.compile(
+    r"(?:try again in|retry after|retryDelay[\\'\"]*\s*:)[\s\\'\"]*"
+    r"((?:\d{1,9}(?:\.\d{1,9})?(?:ms|s|m|h|d| seconds?))+)(?![A-Za-z0-9])",
+    re.IGNORECASE,
+)
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
@@ -33,7 +39,8 @@ def retry_after(
 
     Read from DSPy's `retry_after`, else from the headers that any error of the chain carries:
     retry-after-ms, retry-after (seconds or a date), and, after a 429, 503 or 529, the reset times
-    of the limits that are used up (or of the first to be renewed, where none is said to be).
+    of the limits that are used up (or of the first to be renewed, where none is said to be), else
+    what the body says: Google's RetryInfo, or "try again in 4s" and "retry after 4 seconds".
     What is not a number of seconds between 0 and a month is ignored.
 
     Args:
@@ -52,6 +59,22 @@ def hint_of(causes: Causes, wall: WallClock) -> float | None:
         hint = _read(headers, wall, busy=causes.status in _BUSY)
         if hint is not None:
             return hint
+    return _told(causes) if causes.status in _BUSY else None
+
+
+def _told(causes: Causes) -> float | None:
+    """Return what the text of a busy provider's answer says, where no header does.
+
+    Google's `RetryInfo` ("retryDelay": "37s"), OpenAI's "try again in 1m4.5s" and Azure's "retry
+    after 4 seconds". A prompt that is echoed could say so too, and would be waited for: no more.
+    """
+    for text in causes.texts():
+        found = _SENTENCE.search(text[:_LONGEST_BODY])
+        if found is not None:
+            spans = _SPAN.findall(found[1].replace(" seconds", "s").replace(" second", "s"))
+            hint = _seconds(sum(float(number) * _UNITS[unit] for number, unit in spans))
+            if hint:
+                return hint
     return None
 
 

@@ -46,7 +46,7 @@ def clear_the_way(
     refusal = turn.target.refusal()
     if refusal is not None:
         raise rejected(client, route, refusal)
-    gate_permit = route.gate.admit(force=turn.is_forced)
+    gate_permit = route.gate.admit()
     if gate_permit is None:
         return None
     slot: Slot | None = None

@@ -211,7 +211,6 @@ def _pause_asked(
     Where the gate has stayed open, others are answered: the pause is this call's alone.
     """
     turn.throttled += 1
-    turn.is_forced = False
     left = call.max_wait - call.held
     is_last = turn.throttled >= call.max_attempts or call.max_wait == 0
     if (left <= 0 and is_last) or attempt.paused >= call.left(client.clock()):

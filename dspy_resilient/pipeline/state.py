@@ -136,11 +136,10 @@ class Turn:
         route: The way it takes there.
         used: Attempts that count.
         failures: Attempts that failed, those included that do not count.
-        throttled: 429s in a row.
+        throttled: 429s it has met, and pauses after them that went beyond `max_wait`.
         failed_at: The clock's reading at its first failure, or None.
         resume_at: The clock's reading before which this call does not ask again.
         is_held: Whether that pause counts as being held up.
-        is_forced: Whether its next attempt goes through a closed throttle gate.
         is_crowded: Whether it had no room when another target had.
         error: How it ended the last time, if it did.
         final: Whether it is not to be asked again.
@@ -158,7 +157,6 @@ class Turn:
         "failures",
         "final",
         "is_crowded",
-        "is_forced",
         "is_held",
         "kwargs",
         "mended",
@@ -181,7 +179,7 @@ class Turn:
         self.resume_at = -math.inf
         self.error: Exception | None = None
         self.final = self.mended = self.announced = self.is_held = False
-        self.is_crowded = self.is_forced = False
+        self.is_crowded = False
 
     @property
     def key(self) -> str | None:

@@ -7,6 +7,7 @@ meanwhile. What is waited for is yielded as a step.
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -60,14 +61,15 @@ def next_turn(call: Call, client: ClientState, turns: list[Turn]) -> Steps[Turn]
         if turn.resume_at > now:
             yield from _sit_out(call, client, turn, now)
         else:
-            if _patience_left(call, turn.route, now) <= 0 and _may_force(call, turn):
-                turn.is_forced = True
-                return turn
-            if _patience_left(call, turn.route, now) <= 0 or _is_in_vain(call, turn, now):
+            most = _patience_left(call, turn.route, now)
+            if most <= 0 and _has_attempts_left(call, turn):
+                turn.throttled += 1
+                most = math.inf
+            if most <= 0 or _is_in_vain(call, turn, now):
                 for each in left:
                     each.error = refusal(client, each)
                 raise nobody_answered(client, turns)
-            yield from _hold(call, client, turn, now)
+            yield from _hold(call, client, turn, now, most)
 
 
 def is_needed(client: ClientState, turns: list[Turn], turn: Turn) -> bool:
@@ -109,14 +111,15 @@ def _drop_those_shut_out(client: ClientState, turns: list[Turn]) -> None:
             turn.final = True
 
 
-def _may_force(call: Call, turn: Turn) -> bool:
-    """Whether a call that only pauses after 429s hold up has attempts left, which it may send now.
+def _has_attempts_left(call: Call, turn: Turn) -> bool:
+    """Whether a call that only pauses after 429s hold up waits for the end of one more of them.
 
-    Not through a pause that is longer than any call would wait: then the provider is asked no more.
+    As plain `dspy.LM` would, once for each attempt it has left; not for a pause that is longer than
+    any call would wait.
     """
-    wait = turn.route.gate.wait_time()
     left = call.max_attempts - turn.throttled - turn.used
-    return left > 0 and turn.route.wait_time() <= 0 and wait <= call.max_wait
+    wait = turn.route.gate.wait_time()
+    return left > 0 and turn.route.wait_time() <= 0 and 0 < wait <= call.max_wait
 
 
 def _is_in_vain(call: Call, turn: Turn, now: float) -> bool:
@@ -143,14 +146,14 @@ def _sit_out(call: Call, client: ClientState, turn: Turn, now: float) -> Steps[N
         call.held += client.clock() - now
 
 
-def _hold(call: Call, client: ClientState, turn: Turn, now: float) -> Steps[None]:
+def _hold(call: Call, client: ClientState, turn: Turn, now: float, most: float) -> Steps[None]:
     """Wait in line at the gate or the circuit that is in the way; say so if it takes long."""
     route = turn.route
     queue: CircuitBreaker | ThrottleGate = route.gate
     reason = "throttled"
     if route.wait_time() >= route.gate.wait_time():
         queue, reason = route.blocker(), "circuit"
-    most = min(_patience_left(call, route, now), call.left(now))
+    most = min(most, call.left(now))
     with _enlisted(queue) as waiter:
         wait = min(max(queue.recheck_time(), _ROUNDING), most)
         if wait > client.long_wait and queue.is_news(now + wait):
