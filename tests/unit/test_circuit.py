@@ -503,6 +503,7 @@ def test_each_opening_begins_with_the_shortest_interval(make, clock):
         assert breaker.wait_time() == 1
         clock.advance(1)
         fail(breaker)
+        assert breaker.wait_time() == 2
         recover(breaker, clock)
         succeed(breaker, 50)
 
@@ -648,6 +649,20 @@ def test_a_probe_that_others_overtook_closes_it_too(make, clock):
         fail(breaker)
     slow.success()
     assert breaker.closed
+
+
+def test_a_hanging_probe_is_forgotten_once_another_attempt_is_answered(make, clock):
+    """Closed is closed."""
+    breaker = make()
+    fail(breaker)
+    under_way = breaker.admit()
+    fail(breaker, 4)
+    clock.advance(1)
+    hanging = breaker.admit()
+    under_way.success()
+    assert breaker.state == "closed"
+    hanging.failure()
+    assert breaker.failure_count == 0
 
 
 def test_an_attempt_that_began_within_the_run_closes_it(make, clock):
@@ -853,7 +868,6 @@ def test_forced_closed_lets_everything_through_and_still_counts(make):
     assert breaker.closed
     assert breaker.failure_count == 50
     fail(breaker, 100_000)
-    succeed(breaker)
     breaker.auto()
     assert run_that_opens(breaker) == 100
 
@@ -888,10 +902,17 @@ def test_whoever_gives_no_reason_did_it_by_hand(make, switch):
 def test_force_half_open_lets_a_probe_through_now(make, clock):
     """No caller need wait for the next; the intervals begin anew."""
     breaker = make()
+    before = breaker.admit()
     breaker.trip(retry_after=60)
+    clock.advance(1)
     breaker.force_half_open()
-    assert breaker.admit().probe
+    before.success()
+    assert breaker.state == "half_open"
+    probe = breaker.admit()
+    assert probe.probe
     assert breaker.wait_time() == 2
+    probe.success()  # at the very moment
+    assert breaker.closed
 
 
 def test_reset_forgets_everything(make, clock):
