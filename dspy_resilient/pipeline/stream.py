@@ -33,7 +33,8 @@ class WatchedStream:
     a stream is known only where no end is made up (see `notices_cuts`).
 
     Attributes:
-        emitted: Whether a chunk has reached the consumer.
+        emitted: Whether a chunk has reached the consumer that says something: one with the role alone
+            does not.
         whole: Whether the provider's own end was seen.
     """
 
@@ -70,7 +71,9 @@ class WatchedStream:
             self.whole = is_real and end is not None
             self._cut = made_up and self._marked and _ends_apart(origin)
             self._marked = self._marked or marked
-        self.emitted = True
+            self.emitted = self.emitted or end is not None or _says_something(choices[0].delta)
+        else:
+            self.emitted = True
         await self._stream.send(item)
 
     def __getattr__(self, name: str) -> Any:

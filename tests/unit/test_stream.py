@@ -132,3 +132,27 @@ def test_what_is_not_litellms_goes_by():
     stream, taken = watch(*things)
     assert (taken, stream.whole, stream.flaw) == (things, True, None)
     assert stream.capacity == 3
+
+
+async def test_a_chunk_with_the_role_alone_leaves_the_attempt_free_to_be_repeated():
+    """It goes on to the consumer, but says nothing yet; a chunk with text does."""
+    from types import SimpleNamespace
+
+    from dspy_resilient.pipeline.stream import WatchedStream
+
+    class Consumer:
+        got = 0
+
+        async def send(self, item):
+            self.got += 1
+
+    def chunk(content):
+        delta = SimpleNamespace(role="assistant", content=content)
+        return SimpleNamespace(choices=[SimpleNamespace(finish_reason=None, delta=delta)])
+
+    consumer = Consumer()
+    stream = WatchedStream(consumer)
+    await stream.send(chunk(None))
+    assert (consumer.got, stream.emitted) == (1, False)
+    await stream.send(chunk("Par"))
+    assert (consumer.got, stream.emitted) == (2, True)
