@@ -36,6 +36,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dspy_resilient._support.deliverer import Deliverer
+from dspy_resilient.errors import CallRejectedError
 
 logger = logging.getLogger("dspy_resilient")
 
@@ -249,13 +250,18 @@ def _log(event: Event) -> None:
 
 
 def log_failure(client: str, error: Exception, attempts: int) -> None:
-    """Write one line about a call that ended with `error`: no text, which may hold the prompt."""
+    """Write one line about a call that ended with `error`: no text, which may hold the prompt.
+
+    A warning, but for a call that we refused: the line about the circuit has said why, once, and an
+    outage would repeat it for every call.
+    """
     status = getattr(error, "status", None)
     facts = {"client": client, "error": type(error).__name__, "status": status}
     line = f"dspy_resilient.call_failed client={_logfmt(client)} error={facts['error']}"
     line += f" status={status}" if isinstance(status, int) else ""
     extra = {"event": "dspy_resilient.call_failed", "facts": {**facts, "attempts": attempts}}
-    logger.warning("%s attempts=%d", line, attempts, extra=extra)
+    level = logging.INFO if isinstance(error, CallRejectedError) else logging.WARNING
+    logger.log(level, "%s attempts=%d", line, attempts, extra=extra)
 
 
 def _logfmt(value: object) -> str:

@@ -243,6 +243,24 @@ async def blocked(lm, count, release):
     assert await waiting == [["Paris"]] * (2 * count)
 
 
+def test_a_call_that_ends_in_an_error_is_a_warning_and_a_refused_one_is_not(
+    make, provider, ask, caplog
+):
+    """An outage with `max_wait=0` refuses thousands of calls; the circuit's own line is enough."""
+    caplog.set_level(logging.INFO, logger="dspy_resilient")
+    lm = make(max_wait=0, num_retries=0)
+    provider.script(Status(500))
+    with pytest.raises(dspy.LMServerError):
+        ask(lm, "the secret prompt")
+    lm.circuit.force_open()
+    with pytest.raises(CircuitOpenError):
+        ask(lm, "the secret prompt")
+    lines = [record for record in caplog.records if record.event.endswith("call_failed")]
+    assert [record.levelname for record in lines] == ["WARNING", "INFO"]
+    assert "error=LMServerError status=500 attempts=1" in lines[0].getMessage()
+    assert not any("secret" in record.getMessage() for record in lines)
+
+
 @pytest.fixture
 def watched(make, caplog):
     """Build a client whose events are kept in `heard`."""
