@@ -1,6 +1,7 @@
 """The way to the providers, as far as it leads through LiteLLM."""
 
 from dspy_resilient.providers.callback_event import CallbackEvent
+from dspy_resilient.providers.clients import async_client, client
 from dspy_resilient.providers.observer import (
     AttemptWatch,
     ensure_registered,
@@ -14,8 +15,6 @@ from dspy_resilient.providers.observer import (
 from dspy_resilient.providers.pool import (
     HttpClients,
     PooledClient,
-    async_client,
-    client,
     prune,
     running_loop,
     within,

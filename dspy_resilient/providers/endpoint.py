@@ -9,14 +9,11 @@ imported for it, and is not. What is resolved is remembered while nothing has ch
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib.util
-import itertools
 import os
-import re
 import uuid
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,9 +21,17 @@ import orjson
 
 from dspy_resilient._support.canonical import encode, stand_in
 from dspy_resilient._support.redact import is_secret, redact
+from dspy_resilient.providers.environment import (
+    ALSO_CALLED,
+    SCOPES,
+    WHERE,
+    Pairs,
+    Surroundings,
+    look_around,
+    module_names,
+    words_of,
+)
 from dspy_resilient.providers.litellm_module import litellm_so_far
-
-Pairs = tuple[tuple[str, Any], ...]
 
 
 class Endpoint(NamedTuple):
@@ -78,62 +83,11 @@ HOLDERS = frozenset(
     {"headers", "extra_headers", "default_headers", "extra_query", "default_query", "extra_body"}
 )
 _URLS = ("base_url", "api_base")  # the former wins
-_SCOPES = frozenset(
-    {"project", "projects", "organization", "org", "region", "location", "deployment", "workspace"}
-    | {"space", "zone"}
-)
 _SCOPE_NAMES = frozenset({"api_version", "api_type", "custom_llm_provider", "openai_organization"})
 _PREFIXES = ("aws_", "azure_", "databricks_", "oci_", "sagemaker_", "vertex_", "watsonx_", "gcp_")
 _CREDENTIAL_NAMES = frozenset({"client_id", "tenant_id", "litellm_credential_name", "zen_api_key"})
 
-# The same for the environment, by the words of a variable's name.
-_WHO = frozenset(
-    {"account", "apikey", "arn", "auth", "client", "credentials", "headers", "jwt", "key", "oauth"}
-    | {"password", "pat", "profile", "role", "secret", "tenant", "token", "username", "zenapikey"}
-)
-_WHERE = _SCOPES | {"base", "endpoint", "host", "type", "url", "version"}
-_ADDRESS = ("base", "url", "endpoint", "host")
 
-# Where the variables of a provider begin otherwise than its name does.
-_ALSO_CALLED = {
-    "aleph_alpha": ("ALEPHALPHA",),
-    "apertis": ("STIMA",),
-    "azure_text": ("AZURE",),
-    "bedrock": ("AWS",),
-    "bedrock_converse": ("AWS", "BEDROCK"),
-    "black_forest_labs": ("BFL",),
-    "cohere": ("CO",),
-    "cohere_chat": ("CO",),
-    "custom_openai": ("OPENAI",),
-    "gemini": ("GOOGLE", "PALM"),
-    "huggingface": ("HF",),
-    "meta_llama": ("LLAMA", "META"),
-    "nvidia_riva": ("NVIDIA",),
-    "ollama_chat": ("OLLAMA",),
-    "openai_like": ("OPENAI",),
-    "openrouter": ("OR",),
-    "sagemaker": ("AWS",),
-    "sagemaker_chat": ("AWS",),
-    "sagemaker_nova": ("AWS",),
-    "scaleway": ("SCW",),
-    "text-completion-openai": ("OPENAI",),
-    "vertex_ai": ("VERTEX", "GOOGLE", "GCE"),
-    "vertex_ai_beta": ("VERTEX", "GOOGLE", "GCE"),
-    "volcengine": ("ARK",),
-    "watsonx": ("WX", "WML", "PROJECTID", "REGION", "SPACEID"),
-    "watsonx_text": ("WATSONX", "WX", "WML", "PROJECTID", "REGION", "SPACEID"),
-}
-_LENDER = "openai"  # whose key LiteLLM takes for others who speak its language
-_PROXY = "USE_LITELLM_PROXY"  # sends everything to one address
-
-# In the order of precedence, where there is more than one and it is worth telling them apart.
-_OPENAI = (
-    ("api_key", ("litellm.api_key", "litellm.openai_key", "OPENAI_API_KEY")),
-    ("api_base", ("litellm.api_base", "OPENAI_BASE_URL", "OPENAI_API_BASE")),
-    ("organization", ("litellm.organization", "OPENAI_ORGANIZATION", "OPENAI_ORG_ID")),
-    ("project", ("OPENAI_PROJECT", "OPENAI_PROJECT_ID")),
-    ("headers", ("litellm.headers",)),
-)
 # Who listens to `litellm.api_base` before the call's own address.
 _MODULE_FIRST = frozenset({"custom", "ollama", "ollama_chat", "petals", "triton"})
 
@@ -180,7 +134,7 @@ def _resolve(
     has_url = bool(settings.get("api_base") or settings.get("base_url"))
     provider = _provider(model, settings.get("custom_llm_provider"), has_url=has_url)
     known, module = _known, litellm_so_far()
-    names = _module_names(provider, len(module))
+    names = module_names(provider, len(module))
     place = _place(model, kind, tenant, provider, _surroundings(known, provider), tuple(said))
     if len(known.found) > 512:  # noqa: PLR2004  # keys that change with each call
         known.found.clear()
@@ -196,7 +150,7 @@ class _Known(NamedTuple):
     variables: Mapping[Any, Any]
     size: int
     found: dict[tuple[Any, ...], tuple[tuple[str, ...], dict[tuple[Any, ...], Place]]]
-    around: dict[tuple[Any, ...], _Surroundings]
+    around: dict[tuple[Any, ...], Surroundings]
 
 
 _known = _Known({}, 0, {}, {})
@@ -224,8 +178,8 @@ def _role(name: str) -> Role | None:
         return "url"
     if name in HOLDERS:
         return "holder"
-    words = _words(name)
-    is_scope = not _SCOPES.isdisjoint(words) or words[-1:] == ["endpoint"]
+    words = words_of(name)
+    is_scope = not SCOPES.isdisjoint(words) or words[-1:] == ["endpoint"]
     if name.lower() in _SCOPE_NAMES or (is_scope and not is_secret(name)):
         return "scope"
     if is_secret(name) or name in _CREDENTIAL_NAMES or name.startswith(_PREFIXES):
@@ -236,12 +190,6 @@ def _role(name: str) -> Role | None:
 _ROLES = _Roles()
 role_of: Callable[[str], Role | None] = _ROLES.__getitem__
 """Return what a setting, or a header, of this name says about the connection, or None."""
-
-_BREAKS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
-
-
-def _words(name: str) -> list[str]:
-    return [word.lower() for word in _BREAKS.split(name) if word]
 
 
 def _hashable(value: Any) -> Hashable:
@@ -263,13 +211,24 @@ def _held(holder: str, held: Any) -> Iterator[tuple[Role, str, Any]]:
             yield role, f"{holder}.{str(name).lower()}", _hashable(value)
 
 
+def _surroundings(known: _Known, provider: str) -> Surroundings:
+    """Return what is around `provider`, from `known` while that is as it was."""
+    module = litellm_so_far()
+    names = module_names(provider, len(module))
+    key = (provider, *(repr(value) if (value := module.get(name)) else "" for name in names))
+    around = known.around.get(key)
+    if around is None:
+        around = known.around[key] = look_around(provider, module)
+    return around
+
+
 @functools.lru_cache(maxsize=512)
 def _place(
     model: str,
     kind: str,
     tenant: str | None,
     provider: str,
-    around: _Surroundings,
+    around: Surroundings,
     given: tuple[tuple[Role, str, Any], ...],
 ) -> Place:
     """Put together what was given and what is around; the call's own comes first."""
@@ -297,7 +256,7 @@ def _credential(who: Mapping[str, Any]) -> str | None:
 
 
 def _meaning(name: str) -> str:
-    word = next((word for word in reversed(_words(name)) if word in _WHERE), name)
+    word = next((word for word in reversed(words_of(name)) if word in WHERE), name)
     return "org" if word == "organization" else word
 
 
@@ -313,100 +272,6 @@ def _number(fetcher: Hashable) -> str:  # noqa: ARG001  # it is what is remember
     What it fetches does not count, for it changes; whose it is, another process cannot know.
     """
     return uuid.uuid4().hex
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Surroundings:
-    """What LiteLLM finds where a call says nothing."""
-
-    url: str
-    module_url: str
-    scope: Pairs
-    credentials: Pairs
-
-
-def _surroundings(known: _Known, provider: str) -> _Surroundings:
-    """Return what the environment and LiteLLM's module say to `provider`, or to any if it is ""."""
-    module = litellm_so_far()
-    names = _module_names(provider, len(module))
-    key = (provider, *(repr(value) if (value := module.get(name)) else "" for name in names))
-    around = known.around.get(key)
-    if around is None:
-        around = known.around[key] = _look_around(provider, module)
-    return around
-
-
-def _look_around(provider: str, module: Mapping[str, Any]) -> _Surroundings:
-    proxy = ("litellmproxy",) if os.environ.get(_PROXY) or module.get(_PROXY.lower()) else ()
-    found = _variables((*_stems(provider), *proxy))
-    for name in _module_names(provider, len(module)):
-        if value := module.get(name):
-            found[f"litellm.{name}"] = value if isinstance(value, str) else repr(value)
-    if not any(map(_is_who, found)):
-        found |= {name: value for name, value in _variables([_LENDER]).items() if _is_who(name)}
-    if provider == "openai" and not proxy:
-        found = _first_of_each(found)
-    who = {name: value for name, value in found.items() if _is_who(name)}
-    urls = [name for name in found if not _is_who(name) and _words(name)[-1] in _ADDRESS]
-    urls.sort(key=lambda name: (name != "litellm.api_base", name))
-    scope = {n.lower(): value for n, value in found.items() if n not in who and n not in urls[:1]}
-    keys = [name for name in who if _words(name)[-2:] == ["api", "key"]]
-    if len(keys) == 1:  # then it is what a call would name so
-        who["api_key"] = who.pop(keys[0])
-    return _Surroundings(
-        found[urls[0]] if urls else "",
-        found.get("litellm.api_base", ""),
-        tuple(sorted(scope.items())),
-        tuple(sorted((name.lower(), value) for name, value in who.items())),
-    )
-
-
-def _first_of_each(found: Mapping[str, str]) -> dict[str, str]:
-    order = (
-        (meaning, [found[name] for name in names if name in found]) for meaning, names in _OPENAI
-    )
-    return {meaning: values[0] for meaning, values in order if values}
-
-
-def _is_who(name: str) -> bool:
-    return not _WHO.isdisjoint(_words(name))
-
-
-def _variables(stems: Iterable[str]) -> dict[str, str]:
-    """Return the environment's variables that begin with one of `stems`, if they tell anything."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if value
-        and not (_WHO | _WHERE).isdisjoint(words := _words(name))
-        and any(not stem or stem in itertools.accumulate(words) for stem in stems)
-    }
-
-
-@functools.lru_cache(maxsize=512)
-def _stems(provider: str) -> tuple[str, ...]:
-    """Return how the variables of a provider may begin, without the underscores."""
-    core = provider.lower().removeprefix("text-completion-")
-    core = core.removesuffix("_chat").removesuffix("_text")
-    letters = "".join(_words(core))
-    short = letters.removesuffix("ai") if core.endswith(("_ai", "-ai")) or len(letters) > 6 else ""  # noqa: PLR2004  # not openai, xai
-    stems = (letters, f"{letters}ai", short or letters, *_ALSO_CALLED.get(provider, ()))
-    return tuple(dict.fromkeys(stem.lower() for stem in stems)) if provider else ("",)
-
-
-@functools.lru_cache(maxsize=512)
-def _module_names(provider: str, size: int) -> tuple[str, ...]:  # noqa: ARG001  # it grows
-    """Return the names of LiteLLM's module settings that concern `provider`."""
-    general = ("headers", "api_key", "api_base", "api_version", "organization", "use_litellm_proxy")
-    stems = (*_stems(provider), _LENDER)
-    names = (
-        name
-        for name, value in list(litellm_so_far().items())
-        if (value is None or isinstance(value, str)) and name.islower() and name not in general
-        if not (_WHO | _WHERE).isdisjoint(words := _words(name))
-        if any(stem in itertools.accumulate(words) for stem in stems) or not provider
-    )
-    return (*general, *names)
 
 
 @functools.lru_cache(maxsize=512)
@@ -437,7 +302,7 @@ def _providers() -> frozenset[str]:
     """Return the providers that LiteLLM knows, from the tables it ships."""
     listed = _shipped("provider_endpoints_support_backup.json").get("providers", {})
     speaking_openais = _shipped("llms/openai_like/providers.json")
-    return frozenset({*listed, *speaking_openais, *_ALSO_CALLED, *_of_bare_names().values()})
+    return frozenset({*listed, *speaking_openais, *ALSO_CALLED, *_of_bare_names().values()})
 
 
 def _shipped(name: str) -> dict[str, Any]:
