@@ -128,7 +128,10 @@ class ResponseCache:
     def recall(self, key: str) -> Answer | None:
         """Return the fresh answer in memory, or None; what follows on a miss is `load`."""
         with self._lock:
-            answer = self._entries.get(key)
+            try:
+                answer = self._entries[key]  # faster than `get`, which looks twice
+            except KeyError:
+                answer = None
             if answer is not None and self._is_fresh(answer):
                 self._counts["hits"] += 1
                 return answer

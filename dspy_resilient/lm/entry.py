@@ -245,9 +245,8 @@ class CallEntry(LM):
         return called_by_adapter(self, call.messages)
 
     def _record_hit(self, call: Call, served: Served) -> None:
-        tally = self._runtime.tally
-        tally.add("tokens_saved", served.answer.tokens)
-        tally.add("cost_saved", served.answer.cost or 0.0)
+        answer = served.answer
+        self._runtime.tally.save(answer.tokens, answer.cost or 0.0)
         if dspy.settings.disable_history:
             return
         entry = entry_of_hit(call, served)

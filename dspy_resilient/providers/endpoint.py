@@ -105,14 +105,8 @@ def resolve(model: str, kind: str, settings: Mapping[str, Any], tenant: str | No
     known = _known
     if known.variables != _VARIABLES or len(module) != known.size:
         known = _forget(module)
-    given = tuple(
-        [
-            each
-            for name, value in settings.items()
-            if _ROLES[name] is not None and value is not None
-            for each in (name, value)
-        ]
-    )
+    telling = _telling(tuple(settings))
+    given = (telling, *map(settings.get, telling))
     try:
         names, places = known.found[model, kind, tenant, given]
         return places[tuple(map(module.get, names))]
@@ -190,6 +184,12 @@ def _role(name: str) -> Role | None:
 _ROLES = _Roles()
 role_of: Callable[[str], Role | None] = _ROLES.__getitem__
 """Return what a setting, or a header, of this name says about the connection, or None."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _telling(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those of the settings that say anything about the connection."""
+    return tuple(name for name in names if _ROLES[name] is not None)
 
 
 def _hashable(value: Any) -> Hashable:

@@ -40,6 +40,12 @@ class Tally:
         with self._lock:
             self._counts[name] += amount  # type: ignore[assignment]  # a sum of prices is no int
 
+    def save(self, tokens: int, dollars: float) -> None:
+        """Count what a hit has saved."""
+        with self._lock:
+            self._counts["tokens_saved"] += tokens
+            self._counts["cost_saved"] += dollars  # type: ignore[assignment]  # as in `add`
+
     def time(self, seconds: float) -> None:
         """Count an answer that took `seconds`."""
         with self._lock:

@@ -6,6 +6,7 @@ as an HMAC. This module stores nothing, and a request it cannot describe has no 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -96,23 +97,17 @@ def request_key(
         return None
 
 
-class _Counting(dict[str, bool]):
-    """Whether a setting of a name counts as such; it has a place of its own otherwise, or none."""
-
-    def __missing__(self, name: str) -> bool:
-        if len(self) > 4096:  # noqa: PLR2004  # names that a caller makes up
-            self.clear()
-        counts = self[name] = name not in _LEFT_OUT and role_of(name) in (None, "holder")
-        return counts
-
-
-_COUNTS = _Counting()
+@functools.lru_cache(maxsize=1024)
+def _counting(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the settings that count as such; the others have a place of their own, or none."""
+    return tuple(
+        name for name in names if name not in _LEFT_OUT and role_of(name) in (None, "holder")
+    )
 
 
 def _settings(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {
-        name: value for name, value in kwargs.items() if value is not None and _COUNTS[name]
-    }
+    counting = _counting(tuple(kwargs))
+    settings = {name: value for name in counting if (value := kwargs[name]) is not None}
     if not HOLDERS.isdisjoint(settings):
         for name in HOLDERS & settings.keys():
             held = settings.pop(name)
