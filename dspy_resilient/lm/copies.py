@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Self
 
 from dspy_resilient.lm.entry import CallEntry
-from dspy_resilient.lm.options import NOT_SAVED, Options, check_call_options, refuse_to_copy
+from dspy_resilient.lm.options import check_call_options, refuse_to_copy
 from dspy_resilient.lm.saving import (
     STATE_KEY,
     TRAINING,
@@ -16,6 +16,7 @@ from dspy_resilient.lm.saving import (
     load_options,
     savable,
 )
+from dspy_resilient.pipeline.options import NOT_SAVED, Options
 from dspy_resilient.targets.keywords import FALLBACKS, refuse_stream
 
 if TYPE_CHECKING:

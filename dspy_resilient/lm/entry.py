@@ -21,9 +21,10 @@ from dspy_resilient.lm.history import entry_of_hit
 from dspy_resilient.lm.options import check_call_options
 from dspy_resilient.lm.saving import check_credentials
 from dspy_resilient.pipeline import drivers as drive
-from dspy_resilient.pipeline.attempt import called_by_adapter, is_sending
 from dspy_resilient.pipeline.call import complete
+from dspy_resilient.pipeline.in_flight import is_sending
 from dspy_resilient.pipeline.state import Call, Served
+from dspy_resilient.pipeline.twin import called_by_adapter
 from dspy_resilient.providers.endpoint import resolve
 from dspy_resilient.targets.keywords import refuse_ours, refuse_stream
 from dspy_resilient.targets.request_key import key_of
@@ -190,6 +191,7 @@ class CallEntry(LM):
         args = () if prompt is None else (prompt,)
         cached = self.cache if cache is None else cache
         blocked = None if method in ("acall", "agenerate") else drive.running_loop()
+        is_inside = is_sending()
         return Call(
             method=method,
             args=args,
@@ -201,8 +203,8 @@ class CallEntry(LM):
             messages=messages,
             special=self._fallbacks.special,
             streams=dspy.settings.send_stream is not None,
-            may_wait=blocked is None and not is_sending(),
-            loop=None if is_sending() else blocked,
+            may_wait=blocked is None and not is_inside,
+            loop=None if is_inside else blocked,
             max_attempts=retries + 1,
             max_wait=self.max_wait,
             budget=float("inf") if self.deadline is None else self.deadline,

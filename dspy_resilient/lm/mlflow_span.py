@@ -27,7 +27,7 @@ def describe(call: Call, served: Served | None) -> None:
         if span is None:
             return
         facts = {
-            "dspy_resilient.client": call.targets[0].runtime.name,
+            "dspy_resilient.client": call.targets[0].client.name,
             "dspy_resilient.cache_hit": served is not None and served.hit,
             "dspy_resilient.attempts": len(call.attempts),
             "dspy_resilient.outcomes": [f"{each.target}: {each.outcome}" for each in call.attempts],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dspy_resilient.circuit import CircuitBreaker
+from dspy_resilient.pipeline.options import Options
 from dspy_resilient.policies import (
     CachePolicy,
     CircuitPolicy,
@@ -17,9 +17,6 @@ from dspy_resilient.policies import (
     text,
 )
 from dspy_resilient.targets.keywords import OF_THE_CLIENT, refuse_misspelt
-
-if TYPE_CHECKING:
-    from dspy_resilient.events import Listener
 
 
 class _DefaultRetries(int):
@@ -35,38 +32,6 @@ class _DefaultEngine(str):
 UNSET: Any = _DefaultRetries(3)
 DEFAULT_ENGINE: Any = _DefaultEngine("litellm")
 _ME = "ResilientLM"
-
-
-NOT_SAVED: Any = object()
-"""In place of a store: what a client was saved with, and what must be given again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Everything the shared part of a client is built from.
-
-    Attributes:
-        name: Name of the client.
-        cache: What is remembered.
-        circuit: When circuits open; None for no circuit; or a circuit shared on purpose.
-        retry: How failed attempts are repeated.
-        limits: How much is sent at a time, or None for no limit.
-        on_event: The user's listener, or None.
-        shared: The store to share through, as the user gave it, or None, or `NOT_SAVED`.
-    """
-
-    name: str
-    cache: CachePolicy
-    circuit: CircuitPolicy | CircuitBreaker | None
-    retry: RetryPolicy
-    limits: LimitPolicy | None = None
-    on_event: Listener | None = None
-    shared: Any = field(default=None, repr=False)
-
-    @property
-    def store(self) -> Any:
-        """The store to share through, or None if there is none, or none yet."""
-        return None if self.shared is NOT_SAVED else self.shared
 
 
 def build_options(

@@ -20,7 +20,6 @@ from dspy_resilient.lm.copies import Copyable
 from dspy_resilient.lm.options import (
     DEFAULT_ENGINE,
     UNSET,
-    Options,
     build_options,
     check_attribute,
     check_call_options,
@@ -29,6 +28,7 @@ from dspy_resilient.pipeline import drivers as drive
 from dspy_resilient.pipeline.client import ClientState
 from dspy_resilient.pipeline.health import Health, health_of
 from dspy_resilient.pipeline.in_flight import InFlight
+from dspy_resilient.pipeline.options import Options
 from dspy_resilient.policies import CachePolicy, number
 from dspy_resilient.providers.endpoint import resolve
 from dspy_resilient.targets.fallbacks import Fallbacks

@@ -14,14 +14,14 @@ import dspy
 
 from dspy_resilient._support.redact import is_secret, strip_secrets
 from dspy_resilient.circuit import CircuitBreaker
-from dspy_resilient.lm.options import NOT_SAVED
+from dspy_resilient.pipeline.options import NOT_SAVED
 from dspy_resilient.policies import CachePolicy, CircuitPolicy, LimitPolicy, RetryPolicy
 from dspy_resilient.targets.keywords import FALLBACKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dspy_resilient.lm.options import Options
+    from dspy_resilient.pipeline.options import Options
     from dspy_resilient.targets.fallbacks import Given
 
 STATE_KEY = "resilient"

@@ -14,7 +14,7 @@ rejections, pauses, fallbacks. Each request is a span "attempt" below it, active
 that spans of HTTP instrumentation lie below the attempt they belong to.
 
 Metrics: `gen_ai.client.operation.duration`, `gen_ai.client.token.usage`,
-`dspy_resilient.pipeline.attempt.duration`, `dspy_resilient.circuit.state`, and the counters of `metrics.py`
+`dspy_resilient.attempt.duration`, `dspy_resilient.circuit.state`, and the counters of `metrics.py`
 as `dspy_resilient.NAME`.
 """
 
@@ -194,7 +194,7 @@ class Telemetry:
                     int(state == current),
                     {
                         "dspy_resilient.client": name,
-                        "dspy_resilient.targets.target": target,
+                        "dspy_resilient.target": target,
                         "dspy_resilient.circuit.state": str(state),
                     },
                 )
@@ -213,7 +213,7 @@ class _Reporter:
             explicit_bucket_boundaries_advisory=_SECONDS,
         )
         self._attempts = meter.create_histogram(
-            "dspy_resilient.pipeline.attempt.duration",
+            "dspy_resilient.attempt.duration",
             "s",
             "Duration of one request.",
             explicit_bucket_boundaries_advisory=_SECONDS,
@@ -230,10 +230,10 @@ class _Reporter:
         target = call.targets[0]
         about = _operation(target.lm)
         name = f"{about['gen_ai.operation.name']} {about['gen_ai.request.model']}"
-        clock, outcome = target.runtime.clock, dict(about)
+        clock, outcome = target.client.clock, dict(about)
         started = clock()
         try:
-            client = {"dspy_resilient.client": target.runtime.name}
+            client = {"dspy_resilient.client": target.client.name}
             with self._span(name, SpanKind.CLIENT, client | about | _settings(call)):
                 yield
         except BaseException as error:
@@ -245,10 +245,10 @@ class _Reporter:
 
     @contextlib.contextmanager
     def attempt(self, attempt: Attempt) -> Iterator[None]:
-        parent, runtime = trace.get_current_span(), attempt.target.runtime
-        target = {"dspy_resilient.targets.target": attempt.label}
+        parent, client = trace.get_current_span(), attempt.client
+        target = {"dspy_resilient.target": attempt.label}
         facts = target | {"dspy_resilient.probe": attempt.probe}
-        started = runtime.clock()
+        started = client.clock()
         try:
             with self._span("attempt", SpanKind.INTERNAL, facts):
                 yield
@@ -256,8 +256,8 @@ class _Reporter:
             target["error.type"] = type(error).__name__
             raise
         finally:
-            about = {"dspy_resilient.client": runtime.name} | target
-            self._attempts.record(runtime.clock() - started, about)
+            about = {"dspy_resilient.client": client.name} | target
+            self._attempts.record(client.clock() - started, about)
         self._answered(parent, attempt)
 
     def note(self, event: events.Event) -> None:
@@ -273,7 +273,7 @@ class _Reporter:
     def _answered(self, span: Span, attempt: Attempt) -> None:
         """Tell the span of the call, and the metrics, what came back."""
         about = _operation(attempt.target.lm)
-        span.set_attribute("dspy_resilient.targets.target", attempt.label)
+        span.set_attribute("dspy_resilient.target", attempt.label)
         span.set_attributes(_response(attempt.record))
         for kind, tokens in _usage(attempt.record).items():
             span.set_attribute(f"gen_ai.usage.{kind}_tokens", tokens)

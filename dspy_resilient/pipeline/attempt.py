@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 import threading
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -23,7 +22,9 @@ from dspy_resilient.cache import Answer, broken_off
 from dspy_resilient.errors import DeadlineExceededError
 from dspy_resilient.outcomes import Kind, Outcome, classify
 from dspy_resilient.outcomes.causes import may_be_billed
-from dspy_resilient.pipeline.stream import WatchedStream, notices_cuts
+from dspy_resilient.pipeline.in_flight import Sending, sending
+from dspy_resilient.pipeline.stream import WatchedStream, ends_truly
+from dspy_resilient.pipeline.twin import TOLD, marked_as_adapters
 from dspy_resilient.providers.prices import price_of
 from dspy_resilient.stats.spending import NOT_BILLED, NOTHING, UNANSWERED, Spending
 
@@ -32,73 +33,21 @@ if TYPE_CHECKING:
 
     from dspy_resilient.limits import GatePermit, Slot
     from dspy_resilient.outcomes import Verdict
+    from dspy_resilient.pipeline.client import ClientState
     from dspy_resilient.pipeline.spending import Funds
     from dspy_resilient.pipeline.state import Call, Turn
     from dspy_resilient.targets.route import Admission
 
-try:  # what an adapter of DSPy 3.4 sets to say that a messages= call is its own
-    from dspy.clients._deprecation import _adapter_call, adapter_message_call
-except ImportError:  # DSPy 3.5 has no such calls any more
-    _adapter_call = adapter_message_call = None
-
 _ASYNC = {"__call__": "acall", "generate": "agenerate"}
-_IS_TYPED = adapter_message_call is None  # from DSPy 3.5 on, every call is a request
 _NOTHING = contextlib.nullcontext()
 _MAYBE_BILLED = (Kind.FAILURE, Kind.TIMEOUT, Kind.CANCELLED)
-
-
-class _Told(list[Any]):
-    """The callbacks of a twin: none, and with them none of DSPy's settings either.
-
-    DSPy's method adds the two up. The call has told them all by then, and tells them the end.
-    """
-
-    def __radd__(self, _: object) -> list[Any]:
-        return []
-
-
-_TOLD = _Told()
-
-
-class _Sending:
-    """Marks a context as inside an attempt, until that has ended.
-
-    Not the attempt itself: connections and timers keep copies of the context they were made in.
-    """
-
-    __slots__ = ("ended",)
-
-    def __init__(self) -> None:
-        self.ended = False
-
-
-_sending: ContextVar[_Sending | None] = ContextVar("dspy_resilient_sending", default=None)
-
-
-def is_sending() -> bool:
-    """Whether the caller runs inside an attempt of ours, and so may not wait for a flight."""
-    mark = _sending.get()
-    return mark is not None and not mark.ended  # Ctrl-C may strike before the mark is taken back
-
-
-def called_by_adapter(lm: object, messages: object) -> bool:
-    """Whether one of DSPy's adapters has marked this very call as its own."""
-    mark = _adapter_call.get() if _adapter_call is not None else None
-    return mark is not None and mark[0] is lm and mark[1] is messages
-
-
-def _marked_as_adapters(twin: object, messages: object) -> contextlib.AbstractContextManager[None]:
-    """Pass on to the twin the mark that makes a messages= call an adapter's, and so no warning."""
-    if adapter_message_call is None or messages is None:
-        return _NOTHING
-    mark: contextlib.AbstractContextManager[None] = adapter_message_call(twin, messages)
-    return mark
 
 
 class Attempt:
     """One request to one target.
 
     Attributes:
+        client: The client that makes it.
         turn: How the call looks at its target.
         target: Where it goes.
         route: The way it takes there.
@@ -113,6 +62,7 @@ class Attempt:
 
     def __init__(
         self,
+        client: ClientState,
         turn: Turn,
         call: Call,
         admission: Admission,
@@ -120,6 +70,7 @@ class Attempt:
         slot: Slot | None,
         funds: Funds | None = None,
     ) -> None:
+        self.client = client
         self.turn = turn
         self.target = target = turn.target
         self.route = turn.route
@@ -130,13 +81,13 @@ class Attempt:
         self._gate_permit = gate_permit
         self._slot = slot
         self._funds = funds
-        self._clock = target.runtime.clock
-        self._started = target.runtime.begin("attempts")
+        self._clock = client.clock
+        self._started = client.begin("attempts")
         self.limit = call.left(self._started)
         self._stream: WatchedStream | None = None
         self._record: dict[str, Any] | None = None
         self._spent = NOTHING
-        self._mark = _Sending()
+        self._mark = Sending()
         self._evidence: providers.CallbackEvent | None = None
         self._http: providers.PooledClient | None = None
         self._is_broken = False
@@ -205,7 +156,7 @@ class Attempt:
         """Set up what DSPy and LiteLLM are to see during the attempt, and nothing beyond it."""
         lm = self.target.lm
         keywords = {"model": lm.model, **self.settings, **kwargs}
-        token = _sending.set(self._mark)
+        token = sending.set(self._mark)
         try:
             by_keywords = self._by_keywords(args)
             route = self.route
@@ -222,7 +173,7 @@ class Attempt:
                     tags.update(self._connect(keywords, loop))
                 twin: Any = self._twin(tags)
                 try:
-                    marked = _marked_as_adapters(twin, kwargs.get("messages"))
+                    marked = marked_as_adapters(twin, kwargs.get("messages"))
                     with self._traced(), self._settings(args), marked:
                         yield twin
                 finally:
@@ -231,7 +182,7 @@ class Attempt:
             if self._http is not None:  # what holds the attempt need not hold the connections
                 self._is_broken, self._http = self._http.is_broken, None
             with contextlib.suppress(ValueError):  # the collector ends it in another context
-                _sending.reset(token)
+                sending.reset(token)
 
     def _connect(
         self, keywords: Mapping[str, Any], loop: asyncio.AbstractEventLoop | None
@@ -243,7 +194,7 @@ class Attempt:
         if keywords.get("fallbacks"):  # LiteLLM's own, which may lie elsewhere
             return {}
         lm = self.target.lm
-        find = self.target.runtime.http_clients.find
+        find = self.client.http_clients.find
         self._http = http = find(loop, lm.model, lm.model_type, keywords, lm.kwargs)
         if http is None:
             return {}
@@ -257,18 +208,6 @@ class Attempt:
         """Whether LiteLLM sees the keywords of this attempt: not through another engine."""
         return getattr(self.target.lm, "engine", None) == "litellm" and not _typed(args)
 
-    def _ends_truly(self, args: tuple[Any, ...]) -> bool:
-        """Whether an end in a chunk of DSPy's own class is the provider's, and not LiteLLM's.
-
-        DSPy's native engine makes up none. A typed request may go through either, under "auto".
-        """
-        lm = self.target.lm
-        engine = getattr(lm, "engine", None)
-        if engine == "litellm" or (engine == "auto" and (_IS_TYPED or _typed(args))):
-            provider, slash, _ = lm.model.partition("/")
-            return notices_cuts(lm.kwargs.get("custom_llm_provider") or (provider if slash else ""))
-        return True
-
     def _twin(self, tags: dict[str, Any]) -> Any:
         """Return a plain copy of the target for one request: no cache, no retries, no callbacks."""
         lm = self.target.lm
@@ -276,21 +215,21 @@ class Attempt:
         twin.__dict__.update(lm.__dict__)
         twin.cache = False
         twin.num_retries = 0
-        twin.callbacks = _TOLD
+        twin.callbacks = TOLD
         twin.history = self.target.history
         twin.update_history = functools.partial(self._take_record, twin)
         twin.kwargs = {**self.settings, **tags}
         return twin
 
     def _traced(self) -> contextlib.AbstractContextManager[None]:
-        tracer = self.target.runtime.tracer
+        tracer = self.client.tracer
         return _NOTHING if tracer is None else tracer.attempt(self)
 
     def _settings(self, args: tuple[Any, ...]) -> contextlib.AbstractContextManager[None]:
         settings: dict[str, Any] = {}
         if self.call.streams:
             self._stream = settings["send_stream"] = WatchedStream(
-                dspy.settings.send_stream, ends_truly=self._ends_truly(args)
+                dspy.settings.send_stream, ends_truly=ends_truly(self.target.lm, typed=_typed(args))
             )
         if dspy.settings.disable_history:
             settings["disable_history"] = False  # the entry tells whether the answer is complete
@@ -380,7 +319,7 @@ class Attempt:
     def _account(self, spent: Spending) -> None:
         """Count what the request cost; what comes later corrects what came before."""
         before, self._spent = self._spent, spent
-        self.target.runtime.tally.spend(self.label, spent - before if before else spent)
+        self.client.tally.spend(self.label, spent - before if before else spent)
         if self._funds is not None:
             self._funds.settle(spent)
 
@@ -421,12 +360,12 @@ class Attempt:
     def arrive_late(self, answer: Answer) -> None:
         """Report an answer whose caller has given up, and keep it for the next one."""
         self.succeed()
-        runtime = self.target.runtime
-        runtime.store(self.key, answer, whole=self.whole)
+        client, cache = self.client, self.client.cache
+        client.store(self.key, answer, whole=self.whole)
         if answer.key:
-            runtime.cache.save(answer)
-            if runtime.cache.others is not None:
-                runtime.cache.others.store(answer)
+            cache.save(answer)
+            if cache.others is not None:
+                cache.others.store(answer)
 
     def fail_late(self, error: BaseException) -> None:
         """Report a failure whose caller has given up."""
@@ -435,7 +374,7 @@ class Attempt:
 
     def out_of_time(self) -> DeadlineExceededError:
         """Return the error of an attempt that was under way when the deadline passed."""
-        name = self.target.runtime.name
+        name = self.client.name
         return DeadlineExceededError(
             f"client {name!r}: no answer within the deadline of {self.call.budget:g} s; "
             f"{self.route.label} was still being waited for",

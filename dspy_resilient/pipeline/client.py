@@ -2,7 +2,7 @@
 
 A rollout, a `copy()` and a `deepcopy()` are the same client and so share one `ClientState`; a new
 `ResilientLM` has one of its own and shares nothing. Pickling keeps the policies only: what comes
-back is an empty runtime.
+back is an empty one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from dspy_resilient.cache import Answer
     from dspy_resilient.limits import GatePermit, Slot
-    from dspy_resilient.lm.options import Options
+    from dspy_resilient.pipeline.options import Options
     from dspy_resilient.pipeline.spending import Funds
     from dspy_resilient.pipeline.state import Call, Turn
     from dspy_resilient.providers.endpoint import Endpoint, Place
@@ -185,7 +185,7 @@ class ClientState:
         funds: Funds | None,
     ) -> Attempt:
         """Return one attempt, ready to be sent."""
-        return Attempt(turn, call, admission, gate_permit, slot, funds)
+        return Attempt(self, turn, call, admission, gate_permit, slot, funds)
 
     def meter(self, target: str) -> Meter:
         """Return what estimates requests to the target of this label."""
@@ -362,5 +362,5 @@ class ClientState:
         return "\n".join(printable(f"{self.name}: {line}") for line in lines)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ClientState:
-        """Return this very runtime: a copy of a client is the same client."""
+        """Return this very object: a copy of a client is the same client."""
         return self

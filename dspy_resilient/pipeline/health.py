@@ -57,24 +57,24 @@ class Health:
         return health_html(self.client, self.model, self.state, self.in_flight, self.retry_after)
 
 
-def health_of(runtime: ClientState, model: str, route: Route) -> Health:
+def health_of(client: ClientState, model: str, route: Route) -> Health:
     """Return the health of the client whose primary takes `route`."""
-    totals = runtime.totals()
-    left_alone = runtime.routes.supervisor.wait_time()
+    totals = client.totals()
+    left_alone = client.routes.supervisor.wait_time()
     refused = route.wait_time()
     wait = left_alone or refused
-    if runtime.closed:
+    if client.closed:
         state, wait = HealthState.CLOSED, 0.0
     elif left_alone > 0:
         state = HealthState.BROKEN
     else:
         state = HealthState.OPEN if refused > 0 else HealthState.READY
     return Health(
-        client=runtime.name,
+        client=client.name,
         model=model,
         state=state,
         retry_after=wait if 0 < wait < math.inf else None,
-        in_flight=len(runtime.in_flight),
+        in_flight=len(client.in_flight),
         queued=0 if route.limiter is None else route.limiter.queued,
         restarts=totals.restarts,
         disk_errors=sum(totals.disk_errors.values()),

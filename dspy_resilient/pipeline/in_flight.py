@@ -223,3 +223,26 @@ _on_loops = _OnLoops()
 def has_calls_on(loop: Loop) -> bool:
     """Whether calls, of whatever client, are under way that only `loop` goes on with."""
     return _on_loops.has_any(loop)
+
+
+class Sending:
+    """Marks a context as inside an attempt, until that has ended.
+
+    Not the attempt itself: connections and timers keep copies of the context they were made in.
+    """
+
+    __slots__ = ("ended",)
+
+    def __init__(self) -> None:
+        self.ended = False
+
+
+sending: contextvars.ContextVar[Sending | None] = contextvars.ContextVar(
+    "dspy_resilient_sending", default=None
+)
+
+
+def is_sending() -> bool:
+    """Whether the caller runs inside an attempt of ours, and so may not wait for a flight."""
+    mark = sending.get()
+    return mark is not None and not mark.ended  # Ctrl-C may strike before the mark is taken back

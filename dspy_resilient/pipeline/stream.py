@@ -10,6 +10,8 @@ import functools
 from importlib.metadata import version
 from typing import Any
 
+from dspy_resilient.pipeline.twin import IS_TYPED
+
 # The provider's own chunks carry its name for the model; those that LiteLLM makes up do not.
 _MARK = "provider_response_model"
 # Ends that LiteLLM makes up for a connection that closes early; others it has from the provider.
@@ -30,7 +32,7 @@ class WatchedStream:
     back, so that somebody else may answer.
 
     Where DSPy has turned LiteLLM's chunks into its own, nothing tells the two apart: the end of such
-    a stream is known only where no end is made up (see `notices_cuts`).
+    a stream is known only where no end is made up (see `ends_truly`).
 
     Attributes:
         emitted: Whether a chunk has reached the consumer that says something: one with the role alone
@@ -81,9 +83,17 @@ class WatchedStream:
         return getattr(self._stream, name)
 
 
-def notices_cuts(provider: str) -> bool:
-    """Whether LiteLLM makes an error, and not an answer, of this provider's streams that are cut."""
-    return provider in _NOTICED and _litellm() >= _SINCE
+def ends_truly(lm: Any, *, typed: bool) -> bool:
+    """Whether an end in a chunk of DSPy's own class is the provider's, and not LiteLLM's.
+
+    DSPy's native engine makes up none. A typed request may go through either, under "auto".
+    """
+    engine = getattr(lm, "engine", None)
+    if engine != "litellm" and not (engine == "auto" and (IS_TYPED or typed)):
+        return True
+    provider, slash, _ = lm.model.partition("/")
+    provider = lm.kwargs.get("custom_llm_provider") or (provider if slash else "")
+    return provider in _NOTICED and _litellm() >= _SINCE  # else a cut looks like an answer
 
 
 @functools.cache

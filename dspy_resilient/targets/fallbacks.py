@@ -22,7 +22,7 @@ from dspy_resilient.targets.target import CONNECTION, Target
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dspy_resilient.pipeline.client import ClientState
+    from dspy_resilient.targets.protocols import Client
 
 Given = tuple[Any, ...]
 """Fallbacks as a client keeps them: model names, which inherit from the primary, and LMs."""
@@ -51,12 +51,12 @@ class Fallbacks:
     history: list[Any]
 
     @classmethod
-    def build(cls, primary: Any, runtime: ClientState, given: dict[str, Any]) -> Self:
+    def build(cls, primary: Any, client: Client, given: dict[str, Any]) -> Self:
         """Return the fallbacks of `primary`; a `ResilientLM` among them brings its own along.
 
         Args:
             primary: The client.
-            runtime: Its shared part.
+            client: Its shared part.
             given: What the user gave, by the name of the argument; None is no fallback.
 
         Raises:
@@ -66,7 +66,7 @@ class Fallbacks:
         """
         checked = {name: _check_list(name, given.get(name)) for name in FALLBACKS}
         targets = {
-            name: _build(name, primary, runtime, fallbacks) for name, fallbacks in checked.items()
+            name: _build(name, primary, client, fallbacks) for name, fallbacks in checked.items()
         }
         return cls._of(checked, targets, primary.history)
 
@@ -81,14 +81,14 @@ class Fallbacks:
         """Return the targets of every list."""
         return sum(self.special.values(), self.general)
 
-    def can(self, capability: str, runtime: ClientState) -> bool:
+    def can(self, capability: str, client: Client) -> bool:
         """Whether everybody can do what the primary can; log once if somebody cannot."""
         lacking = [each.lm.model for each in self.general if not getattr(each.lm, capability)]
-        if lacking and capability not in runtime.lost:
-            runtime.lost.add(capability)
+        if lacking and capability not in client.lost:
+            client.lost.add(capability)
             logger.warning(
                 "dspy_resilient.capability_lost client=%s capability=%s fallback=%s",
-                printable(runtime.name),
+                printable(client.name),
                 capability,
                 printable(lacking[0]),
                 extra={"event": "dspy_resilient.capability_lost"},
@@ -104,7 +104,7 @@ class Fallbacks:
         special = {kind: moved(targets) for kind, targets in self.special.items()}
         return type(self)(self.given, moved(self.general), special, history)
 
-    def vary(self, primary: Any, runtime: ClientState, changes: dict[str, Any]) -> Self:
+    def vary(self, primary: Any, client: Client, changes: dict[str, Any]) -> Self:
         """Return the fallbacks of a copy: a setting given to a copy reaches every target.
 
         As a setting given to a call does; what belongs to the primary's provider stays there. A
@@ -118,7 +118,7 @@ class Fallbacks:
         given: dict[str, Given] = {}
         targets: dict[str, tuple[Target, ...]] = {}
         for name, fallbacks in self.given.items():
-            given[name], targets[name] = _vary(primary, runtime, fallbacks, settings)
+            given[name], targets[name] = _vary(primary, client, fallbacks, settings)
         return self._of(given, targets, primary.history)
 
 
@@ -133,10 +133,10 @@ def _check_list(name: str, fallbacks: Any) -> Given:
     return tuple(_check(name, each) for each in fallbacks)
 
 
-def _build(name: str, primary: Any, runtime: ClientState, given: Given) -> tuple[Target, ...]:
+def _build(name: str, primary: Any, client: Client, given: Given) -> tuple[Target, ...]:
     targets: list[Target] = []
     for fallback in given:
-        for target in _targets(primary, runtime, fallback):
+        for target in _targets(primary, client, fallback):
             if _is_asked(target, primary, targets):
                 raise ValueError(
                     f"ResilientLM: {name} lead back to {target.lm.model!r}, which is asked already"
@@ -146,13 +146,13 @@ def _build(name: str, primary: Any, runtime: ClientState, given: Given) -> tuple
 
 
 def _vary(
-    primary: Any, runtime: ClientState, given: Given, settings: dict[str, Any]
+    primary: Any, client: Client, given: Given, settings: dict[str, Any]
 ) -> tuple[Given, tuple[Target, ...]]:
     varied: list[Any] = []
     targets: list[Target] = []
     for each in given:
         fallback = each if isinstance(each, str) else each.copy(**fit(each.model, settings))
-        found = _targets(primary, runtime, fallback)
+        found = _targets(primary, client, fallback)
         fresh = [target for target in found if not _is_asked(target, primary, targets)]
         if fresh:
             varied.append(fallback)
@@ -187,26 +187,26 @@ def _check(name: str, fallback: Any) -> Any:
     return fallback
 
 
-def _lender(fallback: Any) -> ClientState | None:
+def _lender(fallback: Any) -> Client | None:
     """Return the shared part of a `ResilientLM`, or None for another LM."""
     lend = getattr(fallback, "_lend_targets", None)
     return None if lend is None else lend()[0].routes.client
 
 
-def _targets(primary: Any, runtime: ClientState, fallback: Any) -> Iterator[Target]:
+def _targets(primary: Any, client: Client, fallback: Any) -> Iterator[Target]:
     lent = getattr(fallback, "_lend_targets", None)
     if lent is not None:
         for target in lent():
             yield dataclasses.replace(
-                target, runtime=runtime, history=primary.history, own_connection=True
+                target, client=client, history=primary.history, own_connection=True
             )
         return
     inherits = isinstance(fallback, str) and _provider(fallback) == _provider(primary.model)
     lm = _from_name(primary, fallback, inherits=inherits) if isinstance(fallback, str) else fallback
     yield Target(
         lm,
-        runtime.fallback_routes,
-        runtime,
+        client.fallback_routes,
+        client,
         type(lm),
         primary.history,
         own_connection=not inherits,

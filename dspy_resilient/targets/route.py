@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from dspy_resilient.circuit import CircuitBreaker, Permit
     from dspy_resilient.errors import CircuitOpenError
     from dspy_resilient.outcomes import Verdict
-    from dspy_resilient.pipeline.client import ClientState
     from dspy_resilient.providers.endpoint import Endpoint, Place
     from dspy_resilient.shared.circuit import SharedCircuit
     from dspy_resilient.shared.link import Link
+    from dspy_resilient.targets.protocols import Client
 
 _AUTH_FAILURES = 3
 _SLOW = 3.0  # times the recent p95, from which an attempt is no longer merely slow
@@ -92,7 +92,7 @@ class Route:
 
     def __init__(
         self,
-        runtime: ClientState,
+        client: Client,
         place: Place,
         circuit: CircuitBreaker | None,
     ) -> None:
@@ -102,15 +102,15 @@ class Route:
         self.access_label = f"{label} (key {key})"
         self.circuit = circuit
         self.access: CircuitBreaker | None = None
-        self.shared = cast("SharedCircuit", circuit) if runtime.shared_state is not None else None
-        self.gate = gate = runtime.new_gate(label, place)
-        shares = runtime.shared_state is not None
+        self.shared = cast("SharedCircuit", circuit) if client.shared_state is not None else None
+        self.gate = gate = client.new_gate(label, place)
+        shares = client.shared_state is not None
         self.links = cast("tuple[Link[Any, Any], ...]", (gate,) if shares else ())
-        self._new_limiter = partial(runtime.new_limiter, label, place)
+        self._new_limiter = partial(client.new_limiter, label, place)
         self.limiter = self._new_limiter()
         self.answered_from = self.failed_from = -math.inf
         self._times = RecentTimes()
-        self._runtime = runtime
+        self._client = client
         if circuit is not None and circuit.policy.listen == "provider":
             providers.subscribe(self.service, _hear, circuit)
 
@@ -241,7 +241,7 @@ class Route:
         if self.circuit is None:
             return
         if self.access is None:
-            self.access = self._runtime.new_circuit(
+            self.access = self._client.new_circuit(
                 self.access_label, failure_threshold=_AUTH_FAILURES
             )
         if permit is None and self.access.state is CircuitState.CLOSED:
@@ -271,7 +271,7 @@ class Routes:
 
     _MOST = 512
 
-    def __init__(self, client: ClientState, shared: CircuitBreaker | None = None) -> None:
+    def __init__(self, client: Client, shared: CircuitBreaker | None = None) -> None:
         self.supervisor = Supervisor(clock=client.clock, client=client.name)
         self.client = client
         self._shared = shared

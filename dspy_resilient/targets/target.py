@@ -17,8 +17,7 @@ from dspy_resilient.targets.typed_requests import with_own
 
 if TYPE_CHECKING:
     from dspy_resilient.errors import ResilienceError
-    from dspy_resilient.pipeline.client import ClientState
-    from dspy_resilient.pipeline.state import Call
+    from dspy_resilient.targets.protocols import Call, Client
     from dspy_resilient.targets.route import Route
 
 # What a call may say about the connection. It belongs to the provider that the caller had in mind.
@@ -50,7 +49,7 @@ class Target:
     Attributes:
         lm: The LM as configured.
         routes: The ways to its provider, shared with whoever lent the target.
-        runtime: The client that makes the calls.
+        client: The client that makes the calls.
         kind: Class of the twin on which attempts run.
         history: Where DSPy records the calls (the caller's own list).
         own_connection: Whether per-call connection settings are meant for another provider.
@@ -58,7 +57,7 @@ class Target:
 
     lm: Any
     routes: Routes
-    runtime: ClientState
+    client: Client
     kind: type
     history: list[Any]
     own_connection: bool = False
@@ -76,7 +75,7 @@ class Target:
     def refusal(self) -> ResilienceError | None:
         """Return why nothing may be sent here at present, or None: its client broke, or is closed."""
         lender = self.routes.client
-        if lender is not self.runtime and lender.closed:
+        if lender is not self.client and lender.closed:
             return ClientClosedError(f"client {lender.name!r} is closed", client=lender.name)
         return self.routes.supervisor.refusal()
 
@@ -120,7 +119,7 @@ class Target:
         if call.key is None:
             return None
         lm, settings = self.lm, {**self.lm.kwargs, **self.kwargs(call)}
-        place = resolve(lm.model, lm.model_type, settings, self.runtime.tenant)
+        place = resolve(lm.model, lm.model_type, settings, self.client.tenant)
         return key_of(place, call.method, self.args(call), settings)
 
     def estimate(self, call: Call) -> int:

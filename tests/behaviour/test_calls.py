@@ -22,7 +22,7 @@ from dspy_resilient import (
     ThrottledError,
 )
 from dspy_resilient.events import FlightJoined
-from dspy_resilient.pipeline import attempt
+from dspy_resilient.pipeline import in_flight
 from dspy_resilient.testing import Hang, Hold, Provider, Status, rate_limited
 
 AT_ONCE = RetryPolicy(base=0.0)
@@ -507,11 +507,11 @@ def test_an_attempt_that_has_ended_keeps_nobody_from_waiting(make, monkeypatch):
     marks = []
 
     def note(event):
-        marks.append(attempt._sending.get())
+        marks.append(in_flight.sending.get())
 
     def under_an_old_mark():
-        attempt._sending.set(mark)
-        return attempt.is_sending()
+        in_flight.sending.set(mark)
+        return in_flight.is_sending()
 
     def update_history(self, entry):
         if self.model == lm.model:

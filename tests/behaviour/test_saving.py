@@ -164,7 +164,7 @@ def test_a_copy_may_have_its_own_patience_retries_deadline_and_cache_flag(provid
     lm = make()
     twin = lm.copy(num_retries=0, max_wait=0, deadline=5.0, cache=False)
     assert (twin.num_retries, twin.max_wait, twin.deadline, twin.cache) == (0, 0, 5.0, False)
-    assert (lm.num_retries, lm.max_wait, lm.deadline, lm.cache) == (3, 15.0, None, True)
+    assert (lm.num_retries, lm.max_wait, lm.deadline, lm.cache) == (3, 60.0, None, True)
     twin("q"), twin("q")
     assert provider.count == 2
 

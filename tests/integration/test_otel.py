@@ -106,7 +106,7 @@ def test_a_call_with_a_retry_a_fallback_a_hit_and_a_rejection(collected, make, p
     assert not hit.events
     assert [s.attributes["dspy_resilient.cache_hit"] for s in (retried, hit)] == [False, True]
     assert [s.attributes["dspy_resilient.attempts"] for s in (retried, fallen, hit)] == [2, 3, 0]
-    assert fallen.attributes["dspy_resilient.targets.target"].startswith("openai/other at ")
+    assert fallen.attributes["dspy_resilient.target"].startswith("openai/other at ")
     assert all(span.status.status_code == StatusCode.UNSET for span in (retried, fallen, hit))
 
 
@@ -129,7 +129,7 @@ def test_a_call_has_the_attributes_of_the_conventions(collected, make, ask):
     }.items() <= call.attributes.items()
     for name in ("response.model", "response.id", "usage.input_tokens", "usage.output_tokens"):
         assert call.attributes[f"gen_ai.{name}"]
-    assert attempt.attributes["dspy_resilient.targets.target"] == lm._primary.label
+    assert attempt.attributes["dspy_resilient.target"] == lm._primary.label
     text = "".join(span.to_json() for span in collected.spans)
     for secret in ("secret question", "Paris", "sk-not"):
         assert secret not in text
@@ -243,8 +243,8 @@ def test_metrics_of_calls_attempts_and_tokens(collected, make, provider, ask):
         found = collected.metrics()
     assert found["gen_ai.client.operation.duration", "chat", "openai", "test"].count == 1
     label = lm._primary.label
-    assert found[("dspy_resilient.pipeline.attempt.duration", *sorted(("fast", label)))].count == 1
-    failed = ("dspy_resilient.pipeline.attempt.duration", *sorted(("LMServerError", "fast", label)))
+    assert found[("dspy_resilient.attempt.duration", *sorted(("fast", label)))].count == 1
+    failed = ("dspy_resilient.attempt.duration", *sorted(("LMServerError", "fast", label)))
     assert found[failed].count == 1
     for kind in ("input", "output"):
         key = ("gen_ai.client.token.usage", *sorted(("chat", kind, "openai", "test")))
