@@ -74,6 +74,11 @@ class Causes:
         found = (detail.get("metadata") for detail in details)
         return any(isinstance(each, dict) and not _MODERATION.isdisjoint(each) for each in found)
 
+    def says(self, sentence: str) -> bool:
+        """Whether the provider's message has `sentence`; which may be a prompt's, echoed."""
+        details = (detail for each in self.chain for detail in _details(each))
+        return any(sentence in str(detail.get("message")).lower() for detail in details)
+
     @property
     def mishap(self) -> bool:
         """Whether what lies at the bottom is an error of Python's own, as of a wrong argument.

@@ -2,8 +2,8 @@
 
 `classify` is the one place that judges an error, once per attempt. It goes by the class names,
 statuses, codes and attributes of the whole chain of causes, and judges LiteLLM's own exceptions and
-DSPy's translations of them alike. No message counts, for it may echo a prompt. This module decides
-nothing about waiting, counting or state.
+DSPy's translations of them alike. No message counts, for it may echo a prompt, except that one may
+lead to a fallback. This module decides nothing about waiting, counting or state.
 """
 
 from __future__ import annotations
@@ -86,6 +86,10 @@ _BILLING_CODES = {
     "project_spend_limit_exceeded",
 }
 
+# Anthropic's words for an empty account: a 400 without a code. They may be a prompt's, so a fallback
+# is asked, which does no harm, and nothing else follows.
+_OUT_OF_CREDIT = "credit balance is too low"
+
 _LONG_ENOUGH = 10.0
 
 
@@ -133,6 +137,7 @@ def classify(
         Outcome.FAILURE if failed else Outcome.NEUTRAL,
         hint=hint_of(causes, wall),
         retry="LMLockTimeoutError" in causes.names,  # a lock file here, about to be released
+        elsewhere=kind is Kind.REQUEST and causes.says(_OUT_OF_CREDIT),
     )
 
 
@@ -142,12 +147,13 @@ def _verdict(
     *,
     hint: float | None = None,
     retry: bool = False,
+    elsewhere: bool = False,
 ) -> Verdict:
     return Verdict(
         kind,
         outcome,
         retry=retry or kind in _AGAIN,
-        next_target=kind in _ELSEWHERE,
+        next_target=elsewhere or kind in _ELSEWHERE,
         special=kind in _SPECIAL,
         retry_after=hint,
     )

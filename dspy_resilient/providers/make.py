@@ -41,6 +41,7 @@ _USERS_OWN = ("client", "shared_session", "azure_ad_token", "azure_ad_token_prov
 
 # What is the configuration's, of all that a call has in common with the others of its client.
 OF_THE_CLIENT = ("timeout", "headers")
+LITELLMS_TIMEOUT = 600.0  # seconds
 
 _SETTINGS = (
     *("ssl_verify", "ssl_certificate", "ssl_security_level", "ssl_ecdh_curve", "force_ipv4"),
@@ -344,12 +345,19 @@ def _common(settings: Mapping[str, Any], is_async: bool, http: Any) -> dict[str,
         "max_retries": 0,
         "api_key": settings["api_key"],
     }
-    for name in ("organization", "project", "timeout"):
+    timeout = settings.get("timeout", LITELLMS_TIMEOUT)
+    common["timeout"] = in_seconds(timeout)
+    for name in ("organization", "project"):
         if name in settings:
             common[name] = settings[name]
     if headers := settings.get("headers"):
         common["default_headers"] = dict(headers)
     return common
+
+
+def in_seconds(timeout: Any) -> Any:
+    """Return a number of seconds as LiteLLM writes it into a header: 9 as 9.0."""
+    return float(timeout) if isinstance(timeout, int) else timeout
 
 
 _KINDS = {"openai": _make_openais, "azure": _make_azures, "handler": _make_handler}

@@ -20,10 +20,12 @@ from dspy_resilient.providers import http_close as closing
 from dspy_resilient.providers import loop_end
 from dspy_resilient.providers.litellm_module import litellm_so_far
 from dspy_resilient.providers.make import (
+    LITELLMS_TIMEOUT,
     OF_THE_CLIENT,
     Kind,
     Way,
     brings_own,
+    in_seconds,
     is_explicit,
     is_session,
     make,
@@ -42,7 +44,6 @@ Loop = asyncio.AbstractEventLoop
 _CONNECTION = ("api_key", "api_base", "base_url", "api_version", "organization", "ssl_verify")
 _TURNS = 20
 _TURN = 0.005
-_LITELLMS_TIMEOUT = 600.0
 
 
 class PooledClient:
@@ -84,7 +85,7 @@ class PooledClient:
     def under(self, timeout: float | httpx.Timeout) -> Any:
         """Return a client that sends through the same connections, under another timeout."""
         if hasattr(self.client, "with_options"):
-            return self.client.with_options(timeout=timeout)
+            return self.client.with_options(timeout=in_seconds(timeout))
         view = object.__new__(type(self.client))
         view.__dict__.update(self.client.__dict__, timeout=timeout)
         return view
@@ -333,7 +334,7 @@ def within(timeout: Any, limit: float) -> float | httpx.Timeout:
     if timeout is None:
         timeout = litellm_so_far().get("request_timeout")
     is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-    return min(timeout, limit, _LITELLMS_TIMEOUT) if is_number else min(limit, _LITELLMS_TIMEOUT)
+    return min(timeout, limit, LITELLMS_TIMEOUT) if is_number else min(limit, LITELLMS_TIMEOUT)
 
 
 async def running_loop() -> Loop:

@@ -142,6 +142,41 @@ def test_no_text_and_no_moderation_opens_a_circuit(provider, ask, model, answer)
     assert ask(lm, "?") == ["Paris"]
 
 
+SENTENCES = {
+    "Anthropic's": "Your credit balance is too low to access the Anthropic API. Please go to Plans.",
+    "a prompt's": "cannot translate 'your credit balance is too low'",
+}
+
+
+@pytest.mark.parametrize("sentence", SENTENCES.values(), ids=SENTENCES)
+@pytest.mark.parametrize("model", ["anthropic/claude-x", "openai/m"])
+def test_an_empty_account_that_has_no_code_leads_to_a_fallback_and_to_nothing_else(
+    provider, ask, model, sentence
+):
+    """Nobody can tell it from a prompt that is echoed: asking another does no harm."""
+    dialect = model.partition("/")[0]
+    refusal = {"type": "invalid_request_error", "message": sentence}
+    provider.always(refused(400, refusal))
+    with Provider("Lyon") as second:
+        backup = dspy.LM("openai/backup", engine="litellm", api_base=second.api_base, api_key="k")
+        with ResilientLM(
+            model, cache=False, api_base=provider.base(dialect), api_key="k", fallbacks=[backup]
+        ) as lm:
+            for _ in range(CALLS):
+                assert ask(lm, "?") == ["Lyon"]
+            assert len(provider.requests) == CALLS  # each once: no retry, and no circuit opened
+            assert {str(circuit.state) for circuit in lm.circuits.values()} == {"closed"}
+    provider.always(refused(400, refusal | {"message": "your temperature is too low"}))
+    with Provider("Lyon") as second:
+        backup = dspy.LM("openai/backup", engine="litellm", api_base=second.api_base, api_key="k")
+        lm = ResilientLM(
+            model, cache=False, api_base=provider.base(dialect), api_key="k", fallbacks=[backup]
+        )
+        with pytest.raises(dspy.LMInvalidRequestError):
+            ask(lm, "?")
+        assert not second.requests
+
+
 def test_a_refused_key_shows_among_the_circuits_and_can_be_let_in_again(provider, make, ask):
     """Three in a row; two refused among others that are answered do nothing."""
     lm = make(cache=False, max_wait=0)
