@@ -326,7 +326,7 @@ FLAGS = {
 def test_every_kind_follows_the_table(kind):
     """Circuit, retry and next target are those of the outcome table (5)."""
     error, *expected = FLAGS[kind]
-    verdict = classify(error)
+    verdict = classify(error, broken=kind is Kind.BROKEN)
     assert [verdict.kind, verdict.outcome, verdict.retry, verdict.next_target] == [kind, *expected]
     assert verdict.special == (kind in (Kind.CONTEXT, Kind.POLICY))
 
