@@ -7,6 +7,7 @@ from unittest import mock
 
 import dspy
 import litellm
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -69,36 +70,45 @@ def put(model, choices, urls):
     return own, variables, module
 
 
+def look(model, choices, servers):
+    """Return the key of a call, and what the wire shows: who was asked, and of whom the request told."""
+    own, variables, module = put(model, choices, [each.api_base for each in servers])
+    clean = {n: v for n, v in os.environ.items() if not n.startswith("OPENAI_")}
+    variables = {"OPENAI_API_KEY": "c", "OPENAI_API_BASE": servers[0].api_base} | variables
+    with (
+        mock.patch.dict(os.environ, clean | variables, clear=True),
+        mock.patch.multiple(litellm, **NOTHING | module),
+    ):
+        key = key_of(resolve(model, "chat", own), "__call__", ("?",), own)
+        before = [len(each.requests) for each in servers]
+        dspy.LM(model, engine="litellm", cache=False, num_retries=0)("?", **own)
+    counts = [len(each.requests) for each in servers]
+    asked_one = next(i for i, each in enumerate(servers) if counts[i] > before[i])
+    headers = servers[asked_one].requests[-1].headers
+    return key, (asked_one, {name: headers[name] for name in WHO if name in headers})
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_each_of_them_alone_makes_a_difference_exactly_if_it_does_on_the_wire(name):
+    """Given in two ways, with nothing else that would come before it."""
+    values = (0, 1) if VALUES[name] is sites else ("a", "b")
+    with Provider("first") as first, Provider("second") as second:
+        (key, wire), (other_key, other_wire) = (
+            look("openai/m", {name: value}, (first, second)) for value in values
+        )
+    assert (key == other_key) == (wire == other_wire)
+    assert (wire == other_wire) == (name == "ANTHROPIC_API_KEY")
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(MODELS), pairs())
 def test_a_key_is_shared_exactly_if_the_wire_is_the_same(model, pair):
     """Read off the wire: which server was asked, and what the request said of its sender."""
     with Provider("first") as first, Provider("second") as second:
-        urls = [first.api_base, second.api_base]
-        seen = []
-        for choices in pair:
-            own, variables, module = put(model, choices, urls)
-            own.setdefault("api_base", None)
-            clean = {n: v for n, v in os.environ.items() if not n.startswith("OPENAI_")}
-            variables = {"OPENAI_API_KEY": "c", "OPENAI_API_BASE": first.api_base} | variables
-            with (
-                mock.patch.dict(os.environ, clean | variables, clear=True),
-                mock.patch.multiple(litellm, **NOTHING | module),
-            ):
-                own = {name: value for name, value in own.items() if value is not None}
-                place = resolve(model, "chat", own)
-                key = key_of(place, "__call__", ("?",), own)
-                counts = [len(each.requests) for each in (first, second)]
-                dspy.LM(model, engine="litellm", cache=False, num_retries=0)("?", **own)
-                asked_one = next(
-                    index
-                    for index, each in enumerate((first, second))
-                    if len(each.requests) > counts[index]
-                )
-                headers = (first, second)[asked_one].requests[-1].headers
-            seen.append((key, (asked_one, {n: headers[n] for n in WHO if n in headers})))
-        (key, wire), (other_key, other_wire) = seen
-        if wire != other_wire:
-            assert key != other_key
-        elif "/" in model or not any(each[name] is not None for each in pair for name in _URLS):
-            assert key == other_key  # else who serves the model depends on too much
+        (key, wire), (other_key, other_wire) = (
+            look(model, choices, (first, second)) for choices in pair
+        )
+    if wire != other_wire:
+        assert key != other_key
+    elif "/" in model or not any(each[name] is not None for each in pair for name in _URLS):
+        assert key == other_key  # else who serves the model depends on too much
