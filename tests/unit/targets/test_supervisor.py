@@ -105,7 +105,7 @@ def test_more_leaving_than_came_is_an_impossible_state():
     limiter = Limiter(LimitPolicy(max_concurrent=1))
     slot = limiter.enter()
     limiter._leases.in_use = 0
-    assert isinstance(caught(slot.leave), BrokenStateError)
+    assert isinstance(caught(slot.release), BrokenStateError)
 
 
 def test_a_disbanded_limiter_wakes_its_queue():
