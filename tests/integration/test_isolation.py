@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import dspy
 import pytest
 
-from dspy_resilient import CachePolicy, CircuitPolicy, LimitPolicy
+from dspy_resilient import CachePolicy, CircuitPolicy, LimitPolicy, ResilientLM
 from dspy_resilient.testing import Hold, Provider
 
 CROWD = 1000
@@ -135,3 +135,20 @@ def test_one_clients_trouble_is_not_anothers(make, ask, tmp_path, trouble):
     assert lm.circuit.state == "closed"
     assert lm.circuit.failure_count == 0
     assert beside_it < 10 * alone + 0.1
+
+
+SCOPES = {
+    "bedrock/m": ("aws_region_name", "us-east-1", "eu-west-1"),
+    "vertex_ai/m": ("vertex_location", "us-central1", "europe-west1"),
+    "openai/m": ("organization", "org-a", "org-b"),
+}
+
+
+@pytest.mark.parametrize("model", SCOPES)
+def test_fallbacks_that_differ_in_scope_alone_have_circuits_of_their_own(model):
+    name, *scopes = SCOPES[model]
+    backups = [dspy.LM(model, **{name: scope}) for scope in scopes]
+    with ResilientLM("openai/primary", api_key="k", fallbacks=backups) as lm:
+        circuits = {id(each): label for label, each in lm.circuits.items()}
+        assert len(circuits) == 1 + len(scopes)
+        assert all(any(scope in label for label in circuits.values()) for scope in scopes)
