@@ -17,6 +17,7 @@ import orjson
 _MOST = 32
 _LONGEST_BODY = 100_000
 _MODERATION = {"flagged_input", "reasons"}  # what OpenRouter adds to a 403
+_CONNECTION_FAULTS = {"OSError", "TransportError"}  # Python's, and httpx's
 _MISHAPS = {"ArithmeticError", "AttributeError", "LookupError", "TypeError", "ValueError"}
 
 
@@ -78,6 +79,18 @@ class Causes:
         """Whether the provider's message has `sentence`; which may be a prompt's, echoed."""
         details = (detail for each in self.chain for detail in _details(each))
         return any(sentence in str(detail.get("message")).lower() for detail in details)
+
+    @property
+    def connection_fault(self) -> str | None:
+        """Class of what went wrong with the connection, where that kept a status from being sent."""
+        if self.wire_status is not None or self.names.isdisjoint(_CONNECTION_FAULTS):
+            return None
+        kinds = [type(each) for each in self.chain]
+        return next(
+            kind.__name__
+            for kind in reversed(kinds)
+            if any(base.__name__ in _CONNECTION_FAULTS for base in kind.__mro__)
+        )
 
     @property
     def mishap(self) -> bool:

@@ -219,8 +219,13 @@ _CODE = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9_.-]{1,64}")
 
 
 def redacted(error: BaseException) -> str:
-    """Return class, status and provider code of `error`, and nothing that a prompt could fill."""
+    """Return class, status and provider code of `error`, and nothing that a prompt could fill.
+
+    Where no status was sent because the connection failed, that failure's class is named instead.
+    """
     causes = Causes(error)
+    if (fault := causes.connection_fault) is not None:
+        return f"{type(error).__name__} {fault}"
     codes = (code for code in causes.codes() if _CODE.fullmatch(code))
     parts = (type(error).__name__, causes.status, next(codes, None))
     return " ".join(str(part) for part in parts if part is not None)
