@@ -24,7 +24,7 @@ def at_once(lm, prompts, **options):
         begun = time.monotonic()
         try:
             came = lm(prompts[number], **options)
-        except Exception as error:  # noqa: BLE001  # what is looked at
+        except Exception as error:  # what is looked at
             came = error
         found[number] = (came, time.monotonic() - begun)
 
@@ -97,7 +97,9 @@ def test_what_dspy_parallel_sends_again_is_answered(provider, make):
     with dspy.context(lm=make()):
         program(question="before")
         provider.script(Hang())
-        parallel = dspy.Parallel(num_threads=2, timeout=1, straggler_limit=3, disable_progress_bar=True)
+        parallel = dspy.Parallel(
+            num_threads=2, timeout=1, straggler_limit=3, disable_progress_bar=True
+        )
         begun = time.monotonic()
         found = parallel([(program, {"question": "the same"})])
     assert [each.answer for each in found] == ["Paris"]
@@ -146,7 +148,9 @@ def test_without_retries_a_429_is_raised_at_once(provider, make, ask):
     assert provider.count == 1
 
 
-@pytest.mark.parametrize("timeout", [httpx.Timeout(0.5), "0.5", 0.5], ids=["httpx", "text", "number"])
+@pytest.mark.parametrize(
+    "timeout", [httpx.Timeout(0.5), "0.5", 0.5], ids=["httpx", "text", "number"]
+)
 def test_a_timeout_for_one_call_counts_however_it_is_written(provider, make, ask, timeout):
     """The attempt ends, and counts as a failure of the provider's once it took that long."""
     lm = make(num_retries=0, max_wait=0)
