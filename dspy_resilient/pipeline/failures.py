@@ -69,6 +69,11 @@ def is_the_providers(error: BaseException) -> bool:
     )
 
 
+def is_throttled(error: Exception | None) -> bool:
+    verdict = getattr(error, "verdict", None)
+    return verdict is not None and verdict.kind is Kind.THROTTLED
+
+
 def special_kind(error: Exception) -> Kind | None:
     """Return which of the lists kept for one kind of error may do better, if any."""
     verdict = getattr(error, "verdict", None)
@@ -196,7 +201,7 @@ def consider(
         client.emit(
             RetryScheduled,
             turn.route.label,
-            seconds=pause,
+            seconds=max(pause, attempt.paused),
             attempt=turn.failures + 1,
             error=type(failure).__name__,
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from dspy_resilient.errors import LimitExceededError
 from dspy_resilient.pipeline.failures import (
     check_deadline,
+    is_throttled,
     nobody_answered,
     refusal,
     rejected,
@@ -140,8 +141,11 @@ def _patience_left(call: Call, route: Route, now: float) -> float:
 
 
 def _sit_out(call: Call, client: ClientState, turn: Turn, now: float) -> Steps[None]:
-    """Wait for the end of the call's own pause."""
-    yield Wait(None, min(max(turn.resume_at - now, _ROUNDING), call.left(now)))
+    """Wait for the end of the call's own pause; say so if it is a long one after a 429."""
+    wait, route = min(max(turn.resume_at - now, _ROUNDING), call.left(now)), turn.route
+    if wait > client.long_wait and is_throttled(turn.error) and route.gate.is_news(now + wait):
+        client.announce_wait("throttled", route.label, wait)
+    yield Wait(None, wait)
     if turn.is_held:
         call.held += client.clock() - now
 
@@ -156,8 +160,9 @@ def _hold(call: Call, client: ClientState, turn: Turn, now: float, most: float) 
     most = min(most, call.left(now))
     with _enlisted(queue) as waiter:
         wait = min(max(queue.recheck_time(), _ROUNDING), most)
-        if wait > client.long_wait and queue.is_news(now + wait):
-            client.announce_wait(reason, route.label, wait)
+        first = min(queue.wait_time(), wait)  # of those in line, for whom it is announced
+        if first > client.long_wait and queue.is_news(now + first):
+            client.announce_wait(reason, route.label, first)
         spread: float | None = yield Wait(waiter, wait)
     if spread:
         yield Wait(None, min(spread, call.left(client.clock())))

@@ -34,7 +34,7 @@ def test_stats_count_what_happened(make, provider, ask):
     for prompt in ("a", "a", "b", "c"):
         ask(lm, prompt)
     stats = lm.stats()
-    assert (stats.calls, stats.hits, stats.attempts, stats.retries) == (4, 1, 5, 1)
+    assert (stats.calls, stats.hits, stats.attempts, stats.retries) == (4, 1, 5, 2)
     assert (stats.failures, stats.failed) == (2, {"failure": 1, "throttled": 1})
     assert (stats.stored, stats.skipped) == (2, {"truncated": 1})
     assert stats.latency.count == 3
@@ -307,11 +307,32 @@ def test_a_long_wait_for_a_circuit_is_announced_once(watched, caplog):
 def test_a_long_pause_after_a_429_is_announced_once(watched, provider):
     """It says how long the provider wants it to be."""
     lm = watched()
-    provider.script(rate_limited("40"))
+    lm._runtime.routes.find(lm, {}).gate.admit().throttled(40.0)
     asyncio.run(blocked(lm, 3, lm.reset))
     (wait,) = waits(lm)
     assert wait.reason == "throttled"
     assert 30 < wait.seconds <= 40
+    assert provider.count == 6
+
+
+def test_a_call_that_pauses_alone_after_its_429_announces_that(watched, provider):
+    """Others are answered meanwhile, so that the gate stays open."""
+    lm, gate = watched(cache=False), Hold(then=rate_limited("1"))
+    lm._runtime.long_wait = 0.2
+
+    async def scene():
+        provider.script(gate)
+        throttled = asyncio.create_task(lm.acall("throttled"))
+        await asyncio.to_thread(provider.wait_for, 1)
+        others = [asyncio.create_task(lm.acall("answered")) for _ in range(2)]
+        await asyncio.gather(*others)
+        gate.release()
+        assert await throttled == ["Paris"]
+
+    asyncio.run(scene())
+    (wait,) = waits(lm)
+    assert wait.reason == "throttled"
+    assert 0.2 < wait.seconds <= 1
 
 
 def test_a_short_wait_is_not_announced(watched):

@@ -91,7 +91,7 @@ def test_retries_are_spread(provider, make, storm):
     """No 100 ms holds more than a fifth of them."""
     events = []
     retry = RetryPolicy(base=0.5)
-    lm = make(circuit=False, cache=False, retry=retry, on_event=events.append)
+    lm = make(circuit=False, cache=False, retry=retry, max_wait=0, on_event=events.append)
     provider.down("500")
     assert len(storm(lm)) == CALLERS
     due = sorted(e.at + e.seconds for e in events if isinstance(e, RetryScheduled))
