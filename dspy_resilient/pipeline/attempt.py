@@ -276,7 +276,11 @@ class Attempt:
         What a stream's consumer has seen is not said again by anybody.
         """
         self._mark.ended = True
-        verdict = self._settle(error)
+        try:
+            verdict = self._settle(error)
+        except BaseException:  # Ctrl-C: other calls must not go without these places for ever
+            self._make_room()
+            raise
         if self.emitted:
             return dataclasses.replace(verdict, retry=False, next_target=False, special=False)
         return verdict

@@ -237,7 +237,10 @@ class HttpClients:
                 settings = settings_of_call(way, model, model_type, keywords, own)
                 if settings is None:
                     return None
-                found = pooled(loop, way.provider, way.kind, settings)
+                try:
+                    found = pooled(loop, way.provider, way.kind, settings)
+                except Exception:  # noqa: BLE001  # LiteLLM meets the same fault, and DSPy names it
+                    return None
                 self._hold(place, found)
         except TypeError:  # what cannot be compared by value is nobody else's
             return None

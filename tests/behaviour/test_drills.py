@@ -211,7 +211,7 @@ def test_impatience_is_not_held_against_the_provider(provider, make, ask):
 
 
 async def test_impatience_of_a_task_is_not_held_against_the_provider(provider, make):
-    """Nor is that of somebody who no longer waits for the call (5)."""
+    """Nor is that of somebody who no longer waits for the call."""
     lm = make(circuit=CircuitPolicy(failure_threshold=1), num_retries=0)
     provider.always(Hang())
     with pytest.raises(TimeoutError):

@@ -96,7 +96,7 @@ def test_ctrl_c_wherever_it_strikes_a_call_leaves_nothing(provider, make, faults
     context = contextvars.copy_context()  # what an interrupt leaves in it is not for other tests
     gc.disable()  # an interrupted finalizer is only warned of
     try:
-        lm = make(limits=2, retry=RetryPolicy(base=0.0), on_event=lambda _: None, max_wait=0)
+        lm = make(limits=2, retry=RetryPolicy(base=0.0), on_event=lambda _: None, max_wait=5)
         lost = {}
         for moment in itertools.count(1, EVERY):
             provider._script.clear()
