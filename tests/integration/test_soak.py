@@ -72,7 +72,7 @@ class Held:
             each
             for each in self.handed_out
             if getattr(each, "reported", True) is False
-            or getattr(each, "state", State.LEFT) is not State.LEFT
+            or getattr(each, "state", State.RELEASED) is not State.RELEASED
         ]
 
 
