@@ -186,7 +186,7 @@ class FlightModel(RuleBasedStateMachine):
     def flights_agree(self):
         assert len(self.flights) == len(self.by_key)
         for sender in self.senders:
-            assert sender.lead.returned() is sender.shared.landed
+            assert sender.lead.flight.answer is sender.shared.landed
         for follower in self.followers:
             future = follower.waiter.future
             assert future.done() == (follower.news is not None)
