@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class Counter(NamedTuple):
-    """One number of `Stats`: its name for collectors, its field, and what its parts are called."""
+    """One number of `Stats`: its name for collectors, its field, and what tells its parts apart."""
 
     name: str
     field: str
-    part: str | None
+    labels: tuple[str, ...]
     meaning: str
 
     def samples(self, stats: Stats) -> list[tuple[dict[str, str], float]]:
@@ -33,9 +33,15 @@ class Counter(NamedTuple):
         if self.field in _SPENT:
             return self._spent(stats)
         found = getattr(stats, self.field)
-        if self.part is None:
+        if not self.labels:
             return [({}, found)]
-        return [({self.part: reason}, count) for reason, count in found.items()]
+        if len(self.labels) == 1:
+            return [({self.labels[0]: part}, count) for part, count in found.items()]
+        return [
+            (dict(zip(self.labels, (part, inner), strict=True)), count)
+            for part, counts in found.items()
+            for inner, count in counts.items()
+        ]
 
     def _spent(self, stats: Stats) -> list[tuple[dict[str, str], float]]:
         return [
@@ -48,32 +54,38 @@ class Counter(NamedTuple):
 _SPENT = set(Spending._fields)
 
 COUNTERS = (
-    Counter("calls", "calls", None, "Calls made by users."),
-    Counter("hits", "hits", None, "Calls answered from the cache."),
-    Counter("stale", "stale", None, "Hits that were past their ttl."),
-    Counter("coalesced", "coalesced", None, "Calls answered by an identical one under way."),
-    Counter("errors", "errors", None, "Calls that ended with an error."),
-    Counter("attempts", "attempts", None, "Requests sent to providers."),
-    Counter("failures", "failed", "kind", "Attempts that ended without an answer."),
-    Counter("retries", "retries", None, "Attempts repeated after a pause."),
-    Counter("queued", "queued", None, "Times a call waited for its turn within its limits."),
-    Counter("queue_seconds", "queue_seconds", None, "Seconds it waited there, all together."),
-    Counter("rejected", "refused", "reason", "Times a circuit, gate or limit refused to send."),
-    Counter("fallbacks", "fallbacks", None, "Times a call went on to the next target."),
-    Counter("stored", "stored", None, "Answers kept in the cache."),
-    Counter("skipped", "skipped", "reason", "Answers not kept in the cache."),
-    Counter("evicted", "evicted", None, "Answers dropped from the cache."),
-    Counter("disk_errors", "disk_errors", "kind", "Faults of the cache's disk."),
-    Counter("events_dropped", "events_dropped", None, "Events that a slow listener missed."),
-    Counter("prompt_tokens", "prompt_tokens", "target", "Tokens sent and billed."),
-    Counter("completion_tokens", "completion_tokens", "target", "Tokens received and billed."),
-    Counter("cached_tokens", "cached_tokens", "target", "Tokens sent that the provider had."),
-    Counter("reasoning_tokens", "reasoning_tokens", "target", "Tokens spent on reasoning."),
-    Counter("dollars_spent", "known_dollars", "target", "Dollars billed, where prices are known."),
-    Counter("unpriced", "unpriced", "target", "Answers whose price is not known."),
-    Counter("unanswered", "unanswered", "target", "Requests that may be billed without an answer."),
-    Counter("tokens_saved", "tokens_saved", None, "Tokens that hits and coalesced calls saved."),
-    Counter("dollars_saved", "cost_saved", None, "Dollars they saved, where prices are known."),
+    Counter("calls", "calls", (), "Calls made by users."),
+    Counter("hits", "hits", (), "Calls answered from the cache."),
+    Counter("stale", "stale", (), "Hits that were past their ttl."),
+    Counter("coalesced", "coalesced", (), "Calls answered by an identical one under way."),
+    Counter("errors", "errors", (), "Calls that ended with an error."),
+    Counter("attempts", "attempts", (), "Requests sent to providers."),
+    Counter(
+        "failures", "failed_by_target", ("target", "kind"), "Attempts that ended without an answer."
+    ),
+    Counter("retries", "retries", (), "Attempts repeated after a pause."),
+    Counter("queued", "queued", (), "Times a call waited for its turn within its limits."),
+    Counter("queue_seconds", "queue_seconds", (), "Seconds it waited there, all together."),
+    Counter("rejected", "refused", ("reason",), "Times a circuit, gate or limit refused to send."),
+    Counter("fallbacks", "fallbacks", (), "Times a call went on to the next target."),
+    Counter("stored", "stored", (), "Answers kept in the cache."),
+    Counter("skipped", "skipped", ("reason",), "Answers not kept in the cache."),
+    Counter("evicted", "evicted", (), "Answers dropped from the cache."),
+    Counter("disk_errors", "disk_errors", ("kind",), "Faults of the cache's disk."),
+    Counter("events_dropped", "events_dropped", (), "Events that a slow listener missed."),
+    Counter("prompt_tokens", "prompt_tokens", ("target",), "Tokens sent and billed."),
+    Counter("completion_tokens", "completion_tokens", ("target",), "Tokens received and billed."),
+    Counter("cached_tokens", "cached_tokens", ("target",), "Tokens sent that the provider had."),
+    Counter("reasoning_tokens", "reasoning_tokens", ("target",), "Tokens spent on reasoning."),
+    Counter(
+        "dollars_spent", "known_dollars", ("target",), "Dollars billed, where prices are known."
+    ),
+    Counter("unpriced", "unpriced", ("target",), "Answers whose price is not known."),
+    Counter(
+        "unanswered", "unanswered", ("target",), "Requests that may be billed without an answer."
+    ),
+    Counter("tokens_saved", "tokens_saved", (), "Tokens that hits and coalesced calls saved."),
+    Counter("dollars_saved", "cost_saved", (), "Dollars they saved, where prices are known."),
 )
 
 

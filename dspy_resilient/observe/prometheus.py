@@ -12,7 +12,7 @@ begin with `dspy_resilient_`:
     calls_total, hits_total, stale_total, coalesced_total, errors_total            client
     attempts_total, retries_total, fallbacks_total, stored_total, evicted_total    client
     queued_total, queue_seconds_total                                              client
-    failures_total                                                                 client, kind
+    failures_total                                                                 client, target, kind
     rejected_total, skipped_total                                                  client, reason
     prompt_tokens_total, completion_tokens_total, cached_tokens_total              client, target
     reasoning_tokens_total, dollars_spent_total, unpriced_total, unanswered_total  client, target
@@ -82,7 +82,7 @@ class ClientCollector(Collector):
 
 def _counters(numbers: dict[str, Stats]) -> Iterator[Metric]:
     for counter in COUNTERS:
-        labels = ["client"] if counter.part is None else ["client", counter.part]
+        labels = ["client", *counter.labels]
         family = CounterMetricFamily(
             f"dspy_resilient_{counter.name}", counter.meaning, labels=labels
         )

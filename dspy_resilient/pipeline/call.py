@@ -303,7 +303,7 @@ def _take(call: Call, client: ClientState, attempt: Attempt, answer: Answer) -> 
 def _note_failure(
     call: Call, client: ClientState, attempt: Attempt, verdict: Verdict, error: Exception
 ) -> None:
-    client.tally.add(f"failed:{verdict.kind}")
+    client.tally.add(f"failed:{verdict.kind}:{attempt.label}")
     call.attempts.append(AttemptSummary(attempt.label, verdict.kind, attempt.seconds))
     with suppress(AttributeError):
         error.verdict = verdict  # type: ignore[attr-defined]  # ours to attach

@@ -326,7 +326,11 @@ class ClientState:
         """Return everything counted since the client was made."""
         counts, cache = self.tally.totals(), self.cache.numbers()
         skipped = {**counts.pop("skipped", {}), **cache.skipped}
-        failed, refused = counts.get("failed", {}), counts.get("refused", {})
+        failed, refused = counts.pop("failed", {}), counts.get("refused", {})
+        by_target: dict[str, dict[str, int]] = {}
+        for name, count in failed.items():
+            kind, _, target = name.partition(":")
+            by_target.setdefault(target, {})[kind] = count
         return Stats(
             client=self.name,
             seconds=self.clock() - self._made_at,
@@ -339,6 +343,7 @@ class ClientState:
             events_dropped=self.hub.dropped,
             skipped=skipped,
             failures=sum(failed.values()),
+            failed_by_target=by_target,
             rejected=sum(refused.values()),
             **counts,
         )

@@ -92,7 +92,7 @@ class Stats:
         errors: Calls that ended with an error.
         attempts: Requests sent to providers.
         failures: Attempts that ended without an answer.
-        failed: The same by kind of failure.
+        failed_by_target: The same by target and kind.
         retries: Attempts repeated after a pause.
         queued: Times a call waited for its turn within its limits.
         queue_seconds: How long it waited there, all those times together.
@@ -123,7 +123,7 @@ class Stats:
     errors: int = 0
     attempts: int = 0
     failures: int = 0
-    failed: Mapping[str, int] = field(default_factory=dict)
+    failed_by_target: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     retries: int = 0
     queued: int = 0
     queue_seconds: float = 0.0
@@ -141,6 +141,14 @@ class Stats:
     spent_by_target: Mapping[str, Spending] = field(default_factory=dict)
     latency: Latency = field(default_factory=Latency)
     recent: Stats | Any = field(default=None, compare=False, repr=False)  # Any: `stats()` sets it
+
+    @property
+    def failed(self) -> Mapping[str, int]:
+        """Attempts that ended without an answer, by kind of failure."""
+        kinds: Counter[str] = Counter()
+        for failed in self.failed_by_target.values():
+            kinds.update(failed)
+        return dict(kinds)
 
     @property
     def spent(self) -> Spending:
@@ -192,14 +200,14 @@ class Stats:
         for each in fields(self):
             if each.name not in own and each.name != "recent":
                 one, two = getattr(self, each.name), getattr(other, each.name)
-                mixed = isinstance(one, Mapping)
-                own[each.name] = _merge(operation, one, two) if mixed else operation(one, two)
+                own[each.name] = _merged(operation, one, two)
         return Stats(**own)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers ready for JSON and for a row of a table; `latency` as its quantiles."""
         numbers = {each.name: getattr(self, each.name) for each in fields(self)}
         numbers |= {name: dict(n) for name, n in numbers.items() if isinstance(n, Mapping)}
+        numbers["failed"] = self.failed
         numbers["latency"] = {name: getattr(self.latency, name) for name in _LATENCY}
         numbers["spent"] = self.spent.to_dict()
         spent = {target: each.to_dict() for target, each in self.spent_by_target.items()}
@@ -219,12 +227,15 @@ class Stats:
         return stats_html(self)
 
 
-def _merge(
-    operation: Callable[[Any, Any], Any], one: Mapping[str, Any], two: Mapping[str, Any]
-) -> dict[str, Any]:
+def _merged(operation: Callable[[Any, Any], Any], one: Any, two: Any) -> Any:
+    """Return what `operation` makes of two numbers, or of the parts of each, at any depth."""
+    if not isinstance(one, Mapping):
+        return operation(one, two)
     nothing = type(next(iter({**one, **two}.values()), 0))()
     names = {**one, **two}
-    merged = {name: operation(one.get(name, nothing), two.get(name, nothing)) for name in names}
+    merged = {
+        name: _merged(operation, one.get(name, nothing), two.get(name, nothing)) for name in names
+    }
     return {name: count for name, count in merged.items() if count}
 
 

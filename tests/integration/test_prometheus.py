@@ -49,13 +49,14 @@ def test_a_scrape_shows_what_happened(scrape, make, provider, ask):
     with pytest.raises(CircuitOpenError):
         ask(lm, "d")
     found = scrape(lm)
+    (target,) = lm.circuits
     for name, labels, value in (
         ("calls_total", (), 5),
         ("hits_total", (), 1),
         ("errors_total", (), 1),
         ("attempts_total", (), 5),
-        ("failures_total", ("failure",), 1),
-        ("failures_total", ("throttled",), 1),
+        ("failures_total", (target, "failure"), 1),
+        ("failures_total", (target, "throttled"), 1),
         ("rejected_total", ("circuit_open",), 1),
         ("skipped_total", ("truncated",), 1),
         ("stored_total", (), 2),

@@ -23,7 +23,7 @@ NUMBERS = Stats(
     errors=3,
     attempts=903,
     failures=20,
-    failed={"failure": 15, "timeout": 5},
+    failed_by_target={"openai/m": {"failure": 15, "timeout": 5}},
     skipped={"truncated": 2},
     tokens_saved=12345,
     cost_saved=0.5,
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 def views(name):
     breaker = CircuitBreaker(CircuitPolicy(), name=name)
     breaker.force_open(name)
-    stats = Stats(client=name, failed={name: 1}, skipped={name: 2})
+    stats = Stats(client=name, failed_by_target={name: {name: 1}}, skipped={name: 2})
     yield breaker._repr_html_()
     yield stats._repr_html_()
     yield client_html(name, [(name, name, name)], stats)

@@ -86,7 +86,12 @@ def test_a_snapshot_is_frozen():
 def test_a_snapshot_is_a_row():
     """Ready for JSON: every number, parts by name, unknown prices as None."""
     spent = {"a": Spending(requests=2, known_dollars=0.5), "b": Spending(requests=1, unpriced=1)}
-    stats = sample(calls=3, failed={"timeout": 1}, spent_by_target=spent, recent=sample(calls=1))
+    stats = sample(
+        calls=3,
+        failed_by_target={"m": {"timeout": 1}},
+        spent_by_target=spent,
+        recent=sample(calls=1),
+    )
     row = json.loads(json.dumps(stats.to_dict()))
     assert {field.name for field in dataclasses.fields(stats)} <= row.keys()
     assert (row["calls"], row["failed"], row["recent"]["calls"]) == (3, {"timeout": 1}, 1)
@@ -100,7 +105,7 @@ def test_numbers_of_two_clients_add_up():
     one = sample(
         seconds=10.0,
         calls=3,
-        failed={"timeout": 1},
+        failed_by_target={"m": {"timeout": 1}},
         latency=latency(1.0),
         recent=sample(seconds=10.0, calls=2),
     )
@@ -108,13 +113,14 @@ def test_numbers_of_two_clients_add_up():
         client="slow",
         seconds=4.0,
         calls=1,
-        failed={"timeout": 1, "failure": 2},
+        failed_by_target={"m": {"timeout": 1}, "n": {"failure": 2}},
         latency=latency(2.0, 3.0),
         recent=Stats(client="slow", seconds=4.0, calls=1),
     )
     both = one + two
     assert (both.client, both.seconds, both.calls) == ("fast, slow", 10.0, 4)
     assert both.failed == {"timeout": 2, "failure": 2}
+    assert both.failed_by_target == {"m": {"timeout": 2}, "n": {"failure": 2}}
     assert both.latency.count == 3
     assert (both.recent.calls, both.recent.seconds) == (3, 10.0)
     assert sum([one, two]) == both
@@ -260,6 +266,11 @@ def test_latency_is_a_value():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
 def test_a_snapshot_can_be_sent_away(copied):
     """To another process, or into JSON."""
-    stats = sample(calls=3, failed={"timeout": 1}, latency=latency(1.0), recent=sample(calls=1))
+    stats = sample(
+        calls=3,
+        failed_by_target={"m": {"timeout": 1}},
+        latency=latency(1.0),
+        recent=sample(calls=1),
+    )
     assert copied(stats) == stats
     assert json.loads(json.dumps(dataclasses.asdict(stats)))["recent"]["calls"] == 1
