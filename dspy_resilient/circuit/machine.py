@@ -140,17 +140,21 @@ class Machine:
         """Count a success while all is quiet: what `succeed` comes to then, in less time."""
         self.share *= MEMORY
 
-    def succeed(self, now: float, began: float, *, slow: bool = False) -> None:
+    def succeed(
+        self, now: float, began: float, *, slow: bool = False, ended: float = math.inf
+    ) -> None:
         """Count a success of an attempt that began when the clock read `began`.
 
         While open it is news, and closes the circuit, if the attempt began after the run did: then
-        the provider answers again. A slow one proves nothing.
+        the provider answers again. A slow one proves nothing. One that is told late, and had `ended`
+        before the run began, does not end the run.
         """
         if self.state is _OPEN:
             if began >= self.run_began and not slow:
                 self.close(now)
             return
-        self._end_run()
+        if ended >= self.run_began:
+            self._end_run()
         self.share *= MEMORY
         window = self._window
         if window is not None:

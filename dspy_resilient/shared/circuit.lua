@@ -76,12 +76,12 @@ local function add(failed, slow)
   return totals[1], totals[2], totals[3]
 end
 
-local function succeed(began, slow)
+local function succeed(began, slow, ended)
   if machine.state == 'open' then
     if began >= machine.run_began and not slow then close() end
     return
   end
-  end_run()
+  if ended >= machine.run_began then end_run() end
   machine.share = machine.share * policy.memory
   if not policy.failure_rate and not policy.slow_call then return end
   local calls, _, slows = add(false, slow)
@@ -127,7 +127,7 @@ end
 local function count(verdict, current)
   local began = now - verdict.age
   if verdict.outcome == 'success' then
-    for i = 1, verdict.number do succeed(began, i > verdict.number - verdict.slow) end
+    for i = 1, verdict.number do succeed(began, i > verdict.number - verdict.slow, now - verdict.late) end
   elseif current then
     fail(verdict, began)
   end

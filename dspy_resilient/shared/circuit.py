@@ -179,11 +179,13 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
             self.ask()
 
     def _count_success(self, began: float, *, slow: bool) -> None:
-        outbox, verdict = self._outbox, CircuitVerdict(_SUCCESS, -began, 1, int(slow))
+        outbox, late = self._outbox, -self._clock()
+        verdict = CircuitVerdict(_SUCCESS, -began, 1, int(slow), late=late)
         if outbox and outbox[-1].outcome is _SUCCESS:
             last = outbox.pop()
             youngest = min(last.age, verdict.age)
-            verdict = CircuitVerdict(_SUCCESS, youngest, last.number + 1, last.slow + int(slow))
+            number, slows = last.number + 1, last.slow + int(slow)
+            verdict = CircuitVerdict(_SUCCESS, youngest, number, slows, late=late)
         outbox.append(verdict)
 
     # Control by hand
@@ -294,7 +296,8 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
             began = -each.age
             if each.outcome is _SUCCESS:
                 for i in range(each.number):
-                    machine.succeed(now, began, slow=i >= each.number - each.slow)
+                    slow = i >= each.number - each.slow
+                    machine.succeed(now, began, slow=slow, ended=-each.late)
             elif generation == machine.generation:
                 machine.fail(now, began, each.reason or "", each.error, each.retry_after)
         self._notifier.call()
@@ -303,4 +306,4 @@ class SharedCircuit(Link[CircuitReport, CircuitView], CircuitBreaker):
 def _aged(verdicts: Sequence[CircuitVerdict], seconds: float) -> Iterator[CircuitVerdict]:
     """Yield `verdicts` as they are so many seconds later."""
     for each in verdicts:
-        yield each._replace(age=each.age + seconds)
+        yield each._replace(age=each.age + seconds, late=each.late + seconds)

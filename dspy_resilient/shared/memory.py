@@ -164,7 +164,8 @@ class _Circuit:
         machine, began = self._machine, now - verdict.age
         if verdict.outcome is Outcome.SUCCESS:
             for i in range(verdict.number):
-                machine.succeed(now, began, slow=i >= verdict.number - verdict.slow)
+                slow = i >= verdict.number - verdict.slow
+                machine.succeed(now, began, slow=slow, ended=now - verdict.late)
         elif verdict.outcome is Outcome.FAILURE and current:
             hint = verdict.retry_after
             machine.fail(now, began, verdict.reason or "", verdict.error, hint)

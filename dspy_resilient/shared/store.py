@@ -47,6 +47,8 @@ class CircuitVerdict(NamedTuple):
         reason: Why the circuit is open if this failure opens it.
         error: Redacted text of the failure.
         retry_after: Seconds the provider asked to be left alone, as far as that counts.
+        late: Seconds since it ended; of several, since the last did. A client that makes few calls
+            tells of a success with its next call: it must not end a run that began meanwhile.
     """
 
     outcome: Outcome
@@ -56,6 +58,7 @@ class CircuitVerdict(NamedTuple):
     reason: str | None = None
     error: str | None = None
     retry_after: float | None = None
+    late: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,7 +59,8 @@ class Client:
             age = pick.choice([0.0, 0.002, 0.5, 0.5, 0.5, 0.5])
             number = pick.randrange(1, 4)
             slow = pick.randrange(number + 1) if self.policy.slow_call is not None else 0
-            return CircuitVerdict(Outcome.SUCCESS, age, number, slow)
+            late = pick.choice([0.0, 0.0, 0.3])  # 0.3: since before any run began
+            return CircuitVerdict(Outcome.SUCCESS, age, number, slow, late=late)
         age = pick.choice([0.0, 0.001, 0.005, 0.5])
         return CircuitVerdict(
             Outcome.FAILURE, age, reason=pick.choice(["failures", "failures", "billing"]), error="e",
@@ -140,6 +141,26 @@ def test_the_script_decides_as_the_state_machine_does(timed, policy, clients):
         granted += view.granted
     assert {"open", "closed"} <= seen
     assert granted > 3 or clients > 1
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("at", ["memory", "valkey"])
+def test_a_success_told_late_does_not_end_a_run(valkey, at, late):
+    """A client that makes few calls tells of an answer long after; the outage began meanwhile."""
+    policy = CircuitPolicy(failure_threshold=4, recovery_time=30)
+    store = MemoryStore() if at == "memory" else RedisStore.at(valkey.url)
+    failure = CircuitVerdict(Outcome.FAILURE, 0.1, reason="failures")
+    success = CircuitVerdict(Outcome.SUCCESS, 9.0, late=8.0 if late else 0.0)
+    view = None
+    for verdicts in ((failure, failure), (success,), (failure, failure)):
+        report = CircuitReport(
+            generation=view and view.generation, state=CircuitState.CLOSED, age=0.0, remaining=0.0,
+            run_age=0.0, failures=view.failures if view else 0, share=0.02, reason=None, error=None,
+            verdicts=verdicts,
+        )  # fmt: skip
+        view = store.circuit("{late}", policy, report)
+    assert view.state == ("open" if late else "closed")
+    store.close()
 
 
 def test_two_stores_at_one_address_are_one(valkey):
