@@ -281,6 +281,7 @@ def test_ctrl_c_by_another_thread_leaves_events_deliverable():
         start, end = threading.Event(), threading.Event()
 
         def body(start=start, end=end):
+            sys.settrace(None)  # struck in its tracer, coverage would keep its lock for ever
             with contextlib.suppress(KeyboardInterrupt):
                 start.set()
                 while not end.is_set():
