@@ -49,7 +49,7 @@ def test_a_line_is_made_of_what_the_table_found():
             "a hit": {"ratio": 0.25, "low": 0.2, "high": 0.3, "bound": 0.3, "plain": 1, "ours": 1}
         },
         "memory": {"ratio": 1.1, "bound": 1.2},
-        "import": {"seconds": 0.04, "bound": 0.06},
+        "import": {"plain": 0.9, "ours": 0.07, "ratio": 0.078, "bound": 0.08},
     }
     row = history.row_of(found, "a note", date="2026-01-02", commit="abc")
     assert row["ratios"]["a hit"] == [0.25, 0.2, 0.3, 0.3]

@@ -239,7 +239,7 @@ class Process:
         self.process.join(10)
 
 
-BOUNDS = {"hit": 0.4, "uncached": 1.05, "auto": 1.25, "threads": 1 / 0.98, "tasks": 1 / 0.98}
+BOUNDS = {"hit": 0.3, "uncached": 1.0, "auto": 1.25, "threads": 1 / 1.02, "tasks": 1 / 1.02}
 NAMES = {
     "hit": "cache hit, 600-character prompt",
     "uncached": "uncached call, loopback provider",

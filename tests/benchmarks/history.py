@@ -25,10 +25,9 @@ def row_of(found, note, *, date, commit):
         name: [row["ratio"], row.get("low"), row.get("high"), row["bound"]]
         for name, row in found["against dspy.LM"].items()
     }
-    for name in ("memory", "outage"):
+    for name in ("memory", "outage", "import"):
         if name in found:
             ratios[name] = [found[name]["ratio"], None, None, found[name]["bound"]]
-    ratios["import, seconds"] = [found["import"]["seconds"], None, None, found["import"]["bound"]]
     return {
         "date": date,
         "commit": commit,

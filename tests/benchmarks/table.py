@@ -26,10 +26,12 @@ import breakers
 import calls
 
 IMPORT = """
-import sys, time, dspy
+import sys, time
 begun = time.process_time()
+import dspy
+between = time.process_time()
 import dspy_resilient
-print(time.process_time() - begun, "litellm" in sys.modules)
+print(between - begun, time.process_time() - between, "litellm" in sys.modules)
 """
 WATCHING = {
     "listener": "a listener (on_event)",
@@ -83,9 +85,11 @@ def import_time(rounds=7):
         ]
     found = [done.stdout.split() for done in found[1:]]
     return {
-        "seconds": statistics.median(float(seconds) for seconds, _ in found),
-        "litellm loaded": any(loaded == "True" for _, loaded in found),
-        "bound": 0.06,
+        "plain": statistics.median(float(dspys) for dspys, *_ in found),
+        "ours": statistics.median(float(ours) for _, ours, _ in found),
+        "ratio": statistics.median(float(ours) / float(dspys) for dspys, ours, _ in found),
+        "litellm loaded": any(loaded == "True" for *_, loaded in found),
+        "bound": 0.08,
     }
 
 
@@ -109,7 +113,8 @@ def _meet_an_outage(pipe, side, base, threads, each):
     import dspy
 
     dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
-    lm = calls._builder(side, dspy)(base, cache=False)
+    settings = {"max_wait": 0} if side == "ours" else {}  # else its calls outwait the outage
+    lm = calls._builder(side, dspy)(base, cache=False, **settings)
     lm("warm")
     pipe.send("ready")
     pipe.recv()
@@ -130,7 +135,7 @@ def _meet_an_outage(pipe, side, base, threads, each):
 
 
 def outage(threads=50, each=20):
-    """Return the requests that a dead provider gets from 1000 calls, with each side's defaults."""
+    """Return the requests that a dead provider gets from 1000 calls; ours do not wait for it."""
     found = {}
     for side in ("ours", "plain"):
         server = calls.Process(calls.serve, 0.0)
@@ -186,7 +191,7 @@ def lines(found):
         yield f"| requests sent in an outage, 1000 calls on 50 threads | {row['plain']} | {row['ours']} | {row['ratio']:.3f} | {row['bound']:.2f} |"
     row = found["import"]
     loaded = "with" if row["litellm loaded"] else "without"
-    yield f"| `import dspy_resilient` after `import dspy`, {loaded} LiteLLM | | {row['seconds'] * 1000:.0f} ms | | {row['bound'] * 1000:.0f} ms |"
+    yield f"| `import dspy_resilient` after `import dspy`, {loaded} LiteLLM | {row['plain'] * 1000:.0f} ms | {row['ours'] * 1000:.0f} ms | {row['ratio']:.3f} | {row['bound']:.2f} |"
     yield ""
     yield "| an uncached call, loopback provider | median | beside the first (quartiles) |"
     yield "|---|--:|--:|"
