@@ -181,8 +181,10 @@ class Pool:
             closing.forget(loop)
 
     def _of(self, loop: Loop) -> list[PooledClient]:
+        """Return the clients of `loop`, retired ones that are held still among them."""
         with self._changing:
-            clients = list(self._clients.values())
+            clients = set(self._clients.values())
+        clients.update(*(each.held() for each in self._all_holders()))
         return [each for each in clients if each.is_of(loop)]
 
     def _all_holders(self) -> list[HttpClients]:
@@ -264,6 +266,11 @@ class HttpClients:
         with self._changing:
             gone = [place for place, client in self._held.items() if is_meant(client)]
             return [self._held.pop(place) for place in gone]
+
+    def held(self) -> list[PooledClient]:
+        """Return what it holds."""
+        with self._changing:
+            return list(self._held.values())
 
     def close(self) -> None:
         """Stop holding any client."""
