@@ -20,6 +20,10 @@ from dspy_resilient import ResilientLM, RetryPolicy
 from dspy_resilient.testing import Status, dspy_answers
 
 QUICK = RetryPolicy(base=0.001)
+INSTRUMENTED = (
+    dspy.LM, dspy.utils.DummyLM, dspy.Module, dspy.Predict, *dspy.Predict.__subclasses__(), dspy.Adapter, dspy.Tool,
+    dspy.Retrieve, dspy.ColBERTv2,
+)  # fmt: skip
 
 
 class Recorder(dspy.utils.callback.BaseCallback):
@@ -73,8 +77,13 @@ class Wrapped:
 
 @pytest.fixture
 def spans():
-    """OpenInference's instrumentation of DSPy, at work for one test; the value returns its spans."""
+    """OpenInference's instrumentation of DSPy, at work for one test; the value returns its spans.
+
+    Uninstrumenting takes DSPy's own wrapper off the methods too, the one that tells callbacks: the
+    fixture puts back what it found.
+    """
     instrumentation = pytest.importorskip("openinference.instrumentation.dspy")
+    found = {kind: dict(vars(kind)) for kind in INSTRUMENTED}
     exporter = InMemorySpanExporter()
     tracers = TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(exporter))
@@ -82,6 +91,12 @@ def spans():
     instrumentor.instrument(tracer_provider=tracers)
     yield exporter.get_finished_spans
     instrumentor.uninstrument()
+    for kind, attributes in found.items():
+        for name in [*vars(kind)]:
+            if name not in attributes:
+                delattr(kind, name)
+            elif vars(kind)[name] is not attributes[name]:
+                setattr(kind, name, attributes[name])
 
 
 def of_lms(spans):
