@@ -80,9 +80,9 @@ class ThrottleGate(WaitQueue):
     Where 429s are rare, one closes it; where they are a share of all answers, it takes as many in
     a row as chance would produce less than once in 10,000 times, 30 at most. In a row means in the
     order of sending, and a request that is under way counts as accepted until it reports: answers
-    take longer than refusals. (A provider that
-    refuses one request in five at random does not want a pause, and must not get one call at a
-    time.) The share is that among about the last 50 answers and 429s.
+    take longer than refusals. (A provider that refuses one request in five at random does not want
+    a pause, and must not get one call at a time.) The share is that among about the last 50 answers
+    and 429s.
 
     It closes for what the provider asked for. Without a hint it doubles from 1 s up to 30 s with
     each closing that no answer has broken, and draws the wait evenly from a tenth of that to the
@@ -160,9 +160,8 @@ class ThrottleGate(WaitQueue):
         if self._open:
             if not permit.reported:
                 permit.reported = True
-                self._count_answer(
-                    permit
-                )  # without the lock: to lose a count among many is no harm
+                # Without the lock: to lose a count among many is no harm.
+                self._count_answer(permit)
             return
         with self._lock:
             if permit.reported:

@@ -62,10 +62,10 @@ class Model:
         return 0 if self.open else max(0, self.due(ahead) - now)
 
     def need(self):
-        """How many 429s in a row are too many."""
+        """How many 429s in a row, or about so many, are too many (logarithms: powers round otherwise)."""
         if self.share < 1e-4:
             return 1
-        return next((n for n in range(1, 30) if self.share**n <= 1e-4), 30)
+        return min(math.log(1e-4) / math.log(self.share), 30)
 
     def learn(self, verdict):
         self.verdicts = min(self.verdicts + 1, 50)
@@ -106,7 +106,7 @@ class Model:
         self.under_way.discard(call.number)
         number = call.number or math.inf
         earlier = [each for each in self.refused if each < number]
-        for _ in range(min(len(earlier), self.need())):
+        for _ in range(min(len(earlier), math.ceil(self.need()))):
             self.learn(1)
         self.refused = [each for each in self.refused if each > number]
         self.accepted = max(self.accepted, call.number)
