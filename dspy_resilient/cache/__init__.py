@@ -1,6 +1,6 @@
 """What a client remembers: keys, answers, and identical calls under way."""
 
-from dspy_resilient.cache.answer import Answer, broken_off, usable
+from dspy_resilient.cache.answer import Answer, broken_off, ended, flaw_of, usable
 from dspy_resilient.cache.disk import DiskCache, disk_folder
 from dspy_resilient.cache.response_cache import CacheNumbers, ResponseCache
 from dspy_resilient.cache.single_flight import Failed, Flights, Landed, Lead, Waiter
@@ -17,5 +17,7 @@ __all__ = [
     "Waiter",
     "broken_off",
     "disk_folder",
+    "ended",
+    "flaw_of",
     "usable",
 ]

@@ -111,29 +111,38 @@ def usable(answer: Answer) -> str | None:
     """
     outputs = answer.outputs
     response = outputs if answer.record is None else answer.record.get("response")
-    for each in response if isinstance(response, (list, tuple)) else (response,):
-        reason = _flaw(each)
-        if reason is not None:
-            return reason
+    reason = flaw_of(response)
+    if reason is not None:
+        return reason
     texts = outputs if isinstance(outputs, list) else [outputs]
     return None if texts and all(_says_something(text) for text in texts) else "empty"
+
+
+def flaw_of(response: Any) -> str | None:
+    """Return what a provider's response, or one of several, admits to be wrong with it.
+
+    In the words of `usable`, but "empty"; None if it admits nothing.
+    """
+    return next((_FLAWS[sign] for sign in _all_signs(response) if sign in _FLAWS), None)
+
+
+def ended(response: Any) -> bool:
+    """Whether the provider says in a response, or in one of several, how it ended."""
+    return any(_all_signs(response))
 
 
 def broken_off(response: Any) -> str | None:
     """Return the provider's own word for why it did not finish `response`, or None if it did.
 
-    What the model itself made a mess of was finished. Of a stream, LiteLLM and DSPy's engines keep
-    no word of the provider's own.
+    What the model itself made a mess of was finished.
     """
-    responses = response if isinstance(response, (list, tuple)) else (response,)
-    signs = (sign.lower() for each in responses for sign in _signs(each))
-    return next((sign for sign in signs if sign in _SERVERS_TROUBLE), None)
+    return next((sign for sign in _all_signs(response) if sign in _SERVERS_TROUBLE), None)
 
 
 # What a provider says, in lower case, whose own trouble it was that an answer ended.
 _SERVERS_TROUBLE = frozenset(
     {"abort", "engine_overloaded", "error", "failed", "insufficient_system_resource"}
-    | {"network_error", "timeout"}
+    | {"network_error", "not done", "timeout"}
 )
 _FLAWS = {
     **dict.fromkeys(_SERVERS_TROUBLE, "error"),
@@ -157,10 +166,10 @@ _FLAWS = {
 }
 
 
-def _flaw(response: Any) -> str | None:
-    """Say what a provider's response admits to be wrong with it, whatever its shape."""
-    signs = map(str.lower, _signs(response))
-    return next((_FLAWS[sign] for sign in signs if sign in _FLAWS), None)
+def _all_signs(response: Any) -> Iterator[str]:
+    """Yield the signs of a response, or of several, in lower case."""
+    for each in response if isinstance(response, (list, tuple)) else (response,):
+        yield from map(str.lower, _signs(each))
 
 
 def _signs(response: Any) -> Iterator[str]:
@@ -177,12 +186,12 @@ def _signs(response: Any) -> Iterator[str]:
 def _choice_signs(response: Any) -> list[Any]:
     """Return the signs of a chat or text completion."""
     signs: list[Any] = []
-    for choice in _items(response, "choices"):
+    for choice in (*_items(response, "choices"), *_items(response, "candidates")):
         own = _field(choice, "provider_specific_fields")
         signs.append(_field(own, "native_finish_reason"))
         if _field(own, "error") or _field(choice, "error"):
             signs.append("error")
-        signs.append(_field(choice, "finish_reason"))
+        signs += [_field(choice, "finishReason"), _field(choice, "finish_reason")]
         if _field(_field(choice, "message"), "refusal"):
             signs.append("refusal")
     return signs
@@ -195,8 +204,10 @@ def _single_signs(response: Any) -> list[Any]:
     if status == "incomplete":
         signs.append(_field(_field(response, "incomplete_details"), "reason"))
     signs.append(status)
-    if _field(response, "done") is False:  # Ollama's
-        signs.append("incomplete")
+    done = _field(response, "done")  # Ollama's
+    if isinstance(done, bool):
+        signs.append("done" if done else "not done")
+    signs.append(_field(_field(response, "delta"), "stop_reason"))  # Anthropic's, of a stream
     for item in (*_items(response, "output"), *_parts(response)):
         kinds = [_field(item, "type"), *(_field(part, "type") for part in _items(item, "content"))]
         signs.append("refusal" if "refusal" in kinds else None)

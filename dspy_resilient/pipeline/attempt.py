@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from dspy_resilient import providers
-from dspy_resilient.cache import Answer, broken_off
+from dspy_resilient.cache import Answer, broken_off, ended, flaw_of
 from dspy_resilient.errors import DeadlineExceededError
 from dspy_resilient.outcomes import Kind, Outcome, classify
 from dspy_resilient.outcomes.causes import may_be_billed
@@ -84,6 +84,7 @@ class Attempt:
         self._clock = client.clock
         self._started = client.begin("attempts")
         self.limit = call.left(self._started)
+        self._ending = providers.Ending()
         self._stream: WatchedStream | None = None
         self._record: dict[str, Any] | None = None
         self._spent = NOTHING
@@ -93,8 +94,7 @@ class Attempt:
         self._is_broken = False
         self._verdict: Verdict | None = None
         self._reported = False
-        self._left_behind = False
-        self._discard = False
+        self._left_behind = self._discard = False
         self._settling = threading.Lock()
 
     @property
@@ -118,9 +118,11 @@ class Attempt:
         return self._record or {}
 
     @property
-    def whole(self) -> bool:
-        """Whether the end of the answer was seen, if it was streamed."""
-        return self._stream is None or self._stream.whole
+    def flaw(self) -> str | None:
+        """Why the answer is not fit to be stored, as far as the way it came tells; see `usable`."""
+        stream, said = self._stream, self._ending.said()
+        is_cut = stream is not None and not stream.whole and not ended(said)
+        return "partial" if is_cut else flaw_of(said)
 
     def run(self, loop: asyncio.AbstractEventLoop | None = None) -> Answer:
         """Send the request on this thread and return the answer.
@@ -174,7 +176,7 @@ class Attempt:
                 twin: Any = self._twin(tags)
                 try:
                     marked = marked_as_adapters(twin, kwargs.get("messages"))
-                    with self._traced(), self._settings(args), marked:
+                    with self._traced(), self._settings(args), marked, self._ending.heard():
                         yield twin
                 finally:
                     del twin.update_history  # it holds the twin and the attempt in a cycle
@@ -229,7 +231,9 @@ class Attempt:
         settings: dict[str, Any] = {}
         if self.call.streams:
             self._stream = settings["send_stream"] = WatchedStream(
-                dspy.settings.send_stream, ends_truly=ends_truly(self.target.lm, typed=_typed(args))
+                dspy.settings.send_stream,
+                ends_truly=ends_truly(self.target.lm, typed=_typed(args)),
+                broken_off=lambda: broken_off(self._ending.said()),
             )
         if dspy.settings.disable_history:
             settings["disable_history"] = False  # the entry tells whether the answer is complete
@@ -253,7 +257,8 @@ class Attempt:
             )
         if self._stream is not None and (flaw := self._stream.flaw):
             raise dspy.LMStreamAssemblyError(flaw, model=self.target.lm.model)
-        if reason := broken_off(self.record.get("response", outputs)):
+        said = self._ending.said()
+        if reason := broken_off(said) or broken_off(self.record.get("response", outputs)):
             raise dspy.LMServerError(
                 f"the provider did not finish its answer: {reason}", model=self.target.lm.model
             )
@@ -365,7 +370,7 @@ class Attempt:
         """Report an answer whose caller has given up, and keep it for the next one."""
         self.succeed()
         client, cache = self.client, self.client.cache
-        client.store(self.key, answer, whole=self.whole)
+        client.store(self.key, answer, self.flaw)
         if answer.key:
             cache.save(answer)
             if cache.others is not None:

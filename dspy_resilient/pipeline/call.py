@@ -293,7 +293,7 @@ def _take(call: Call, client: ClientState, attempt: Attempt, answer: Answer) -> 
     """Keep an answer and serve it, unless a filter held it back and somebody may do better."""
     client.tally.time(attempt.seconds)
     call.attempts.append(AttemptSummary(attempt.label, "answer", attempt.seconds))
-    client.store(attempt.key, answer, whole=attempt.whole)
+    client.store(attempt.key, answer, attempt.flaw)
     if Kind.POLICY in call.special and not attempt.emitted and usable(answer) == "filtered":
         call.filtered = answer
         raise AnswerFilteredError

@@ -235,13 +235,13 @@ class ClientState:
         """Return the pause after the given number of earlier failures."""
         return self.retry.pause(failures, self.random())
 
-    def store(self, key: str | None, answer: Answer, *, whole: bool = True) -> None:
-        """Keep `answer` in memory if it may be stored; `whole` if its end was seen."""
+    def store(self, key: str | None, answer: Answer, flaw: str | None = None) -> None:
+        """Keep `answer` in memory if it may be stored; `flaw` is what the attempt knows of it."""
         if key is None:
             return
         store_if = self.options.cache.store_if
         if store_if is None:
-            reason = usable(answer) if whole else "partial"
+            reason = flaw or usable(answer)
         else:
             reason = None if self._ask(store_if, answer) else "store_if"
         if reason is None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspy_resilient.pipeline.twin import IS_TYPED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # The provider's own chunks carry its name for the model; those that LiteLLM makes up do not.
 _MARK = "provider_response_model"
@@ -40,10 +43,23 @@ class WatchedStream:
         whole: Whether the provider's own end was seen.
     """
 
-    def __init__(self, stream: Any, *, ends_truly: bool = False) -> None:
-        """Watch `stream`; `ends_truly` says that an end in a chunk of DSPy's own class is real."""
+    def __init__(
+        self,
+        stream: Any,
+        *,
+        ends_truly: bool = False,
+        broken_off: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Watch `stream`.
+
+        Args:
+            stream: The consumer's.
+            ends_truly: Whether an end in a chunk of DSPy's own class is real.
+            broken_off: Tells whether the provider has said that it did not finish.
+        """
         self._stream = stream
         self._ends_truly = ends_truly
+        self._broken_off = broken_off
         self._kept_back = False
         self._cut = False
         self._marked = False
@@ -60,12 +76,12 @@ class WatchedStream:
     async def send(self, item: Any) -> None:
         """Look at a chunk and pass it on."""
         choices = getattr(item, "choices", None)
-        choices = getattr(item, "choices", None)
         if choices:
             origin = getattr(item, "_hidden_params", None)  # only LiteLLM's chunks have it
             end, marked = choices[0].finish_reason, origin is not None and _MARK in origin
             made_up = end in _MADE_UP and not marked
-            if made_up and not self.emitted and not _says_something(choices[0].delta):
+            is_bare = not self.emitted and not _says_something(choices[0].delta)
+            if is_bare and (made_up or (end is not None and self._broken_off())):
                 self._kept_back = True
                 self.whole = False
                 return

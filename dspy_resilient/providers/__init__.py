@@ -20,10 +20,12 @@ from dspy_resilient.providers.pool import (
     within,
 )
 from dspy_resilient.providers.service import Service
+from dspy_resilient.providers.wire import Ending
 
 __all__ = [
     "AttemptWatch",
     "CallbackEvent",
+    "Ending",
     "HttpClients",
     "PooledClient",
     "Service",

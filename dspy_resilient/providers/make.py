@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 from dspy_resilient.providers import http_close as closing
 from dspy_resilient.providers.callback_event import provider_name
 from dspy_resilient.providers.litellm_module import litellm_so_far, load_litellm
+from dspy_resilient.providers.wire import tell_endings
 
 if TYPE_CHECKING:
     import httpx
@@ -306,6 +307,7 @@ def make(kind: Kind, settings: Mapping[str, Any], *, is_async: bool) -> Any:
     http = closing.http_client_of(made)
     if http is not None and not is_session(http):
         closing.spare_idle_connections(http)
+        tell_endings(http)
     return made
 
 

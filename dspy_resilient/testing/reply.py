@@ -33,7 +33,8 @@ class Reply:
     """One choice: text, thoughts and tool calls, and why the model stopped.
 
     `finish` may also be a provider's own word, as "network_error" or "MALFORMED_RESPONSE", or, of an
-    answer in OpenAI's Responses format, "failed" or "cancelled".
+    answer in OpenAI's Responses format, "failed" or "cancelled", or "not done", with which Ollama's
+    answers end early.
     """
 
     text: str = ""

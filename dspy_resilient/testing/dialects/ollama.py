@@ -22,6 +22,8 @@ def _head(turn: Turn) -> dict[str, Any]:
 
 
 def _end(turn: Turn, reply: Reply) -> dict[str, Any]:
+    if reply.finish == "not done":
+        return {"done": False}
     return {
         "done": True,
         "done_reason": "length" if reply.finish == "length" else "stop",
@@ -60,7 +62,8 @@ def _dialect(piece: Callable[..., dict[str, Any]]) -> Dialect:
     def chunks(turn: Turn) -> list[bytes]:
         reply = _said(turn)
         values = [{**_head(turn), **piece(word), "done": False} for word in pieces(reply.text)]
-        values.append({**_head(turn), **piece("", reply), **_end(turn, reply)})
+        if reply.finish != "not done":
+            values.append({**_head(turn), **piece("", reply), **_end(turn, reply)})
         return [_raw(json.dumps(value)) for value in values]
 
     return Dialect(whole, chunks, _error, _raw, "application/x-ndjson", _streams)

@@ -265,7 +265,7 @@ def _responses_chunks(turn: Turn) -> list[bytes]:
                 text = named("response.output_text.delta", **at, content_index=0, delta=word)
                 chunks.append(text)
         chunks.append(named("response.output_item.done", output_index=i, item=item))
-    return [*chunks, named("response.completed", response=whole)]
+    return [*chunks, named(f"response.{whole['status']}", response=whole)]
 
 
 CHAT = Dialect(_chat, _chat_chunks, _error, raw_data)
