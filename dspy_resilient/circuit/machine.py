@@ -77,6 +77,7 @@ class Machine:
         generation: Number of changes so far.
         failures: Length of the present run: failures in a row while closed.
         run_began: The clock's reading when the run's first attempt to fail had begun.
+        failing_since: The clock's reading when that failure was counted.
         share: Share of failures among about the last 50 verdicts, without the present run.
         probe: The permit of the latest probe since it opened, or None.
         reason: Why it last opened.
@@ -95,7 +96,7 @@ class Machine:
     ) -> None:
         self.policy = policy
         self.state = _CLOSED
-        self.since = self.open_until = self.run_began = now
+        self.since = self.open_until = self.run_began = self.failing_since = now
         self.generation = 0
         self.failures = 0
         self.share = FIRST_SHARE
@@ -146,14 +147,15 @@ class Machine:
         """Count a success of an attempt that began when the clock read `began`.
 
         While open it is news, and closes the circuit, if the attempt began after the run did: then
-        the provider answers again. A slow one proves nothing. One that is told late, and had `ended`
-        before the run began, does not end the run.
+        the provider answers again. A slow one proves nothing. One that is told late is no news of
+        what came after it had `ended`: it neither ends a run that began to be counted since, nor
+        closes a circuit that has opened since.
         """
         if self.state is _OPEN:
-            if began >= self.run_began and not slow:
+            if began >= self.run_began and ended >= self.since and not slow:
                 self.close(now)
             return
-        if ended >= self.run_began:
+        if ended >= self.failing_since:
             self._end_run()
         self.share *= MEMORY
         window = self._window
@@ -174,7 +176,7 @@ class Machine:
             self.extend(now, retry_after)
             return
         if not self.failures:
-            self.run_began = began
+            self.run_began, self.failing_since = began, now
         self.failures += 1
         too_many = self._window is not None and self._fails_too_often(self._window, now)
         if self.state is _CLOSED and (too_many or reason == AT_ONCE or self._is_surprising()):
@@ -290,7 +292,7 @@ class Machine:
             self.close(now, view.state)
         else:
             self.refuse(now, view.state, view.remaining, view.reason or "", view.error)
-        self.since = now - view.age
+        self.since, self.failing_since = now - view.age, now
         self.follow(now, view)
 
     def follow(self, now: float, view: Standing) -> None:

@@ -11,8 +11,9 @@ local machine
 
 local function new()
   return {
-    state = 'closed', generation = 0, since = now, open_until = now, run_began = now, failures = 0,
-    share = policy.first_share, interval = policy.recovery_time, latest = {}, window = {},
+    state = 'closed', generation = 0, since = now, open_until = now, run_began = now,
+    failing_since = now, failures = 0, share = policy.first_share, interval = policy.recovery_time,
+    latest = {}, window = {},
   }
 end
 
@@ -78,10 +79,10 @@ end
 
 local function succeed(began, slow, ended)
   if machine.state == 'open' then
-    if began >= machine.run_began and not slow then close() end
+    if began >= machine.run_began and ended >= machine.since and not slow then close() end
     return
   end
-  if ended >= machine.run_began then end_run() end
+  if ended >= machine.failing_since then end_run() end
   machine.share = machine.share * policy.memory
   if not policy.failure_rate and not policy.slow_call then return end
   local calls, _, slows = add(false, slow)
@@ -115,7 +116,7 @@ local function fail(verdict, began)
     end
     return
   end
-  if machine.failures == 0 then machine.run_began = began end
+  if machine.failures == 0 then machine.run_began, machine.failing_since = began, now end
   machine.failures = machine.failures + 1
   local too_many = fails_too_often()
   if machine.state == 'closed'

@@ -72,7 +72,11 @@ def worst(times):
 
 @pytest.mark.parametrize("storm", ["threads", "tasks", "both"], indirect=True)
 def test_an_outage_is_not_multiplied(provider, make, storm):
-    """What was under way at the opening, and the probes: nothing more reaches it."""
+    """What was under way at the opening, and the probes: nothing more reaches it.
+
+    Under way are the first attempts of all, and the second ones of those whose failures have been
+    counted until then, if the others are slow.
+    """
     events = []
     circuit = CircuitPolicy(failure_threshold=5, recovery_time=0.3, jitter=0.0)
     lm = make(circuit=circuit, max_wait=2.0, cache=False, on_event=events.append)
@@ -83,8 +87,9 @@ def test_an_outage_is_not_multiplied(provider, make, storm):
     retries = retries_of(provider)
     assert len(told) == CALLERS
     assert probes >= 1
-    assert provider.count <= CALLERS + probes
-    assert len(retries) <= probes
+    second = circuit.failure_threshold - 1
+    assert provider.count <= CALLERS + second + probes
+    assert len(retries) <= second + probes
 
 
 def test_retries_are_spread(provider, make, storm):

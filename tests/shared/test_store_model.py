@@ -59,7 +59,7 @@ class Client:
             age = pick.choice([0.0, 0.002, 0.5, 0.5, 0.5, 0.5])
             number = pick.randrange(1, 4)
             slow = pick.randrange(number + 1) if self.policy.slow_call is not None else 0
-            late = pick.choice([0.0, 0.0, 0.3])  # 0.3: since before any run began
+            late = pick.choice([0.0, 0.0, 0.001, 0.004, 0.3])  # 0.3: before any run began
             return CircuitVerdict(Outcome.SUCCESS, age, number, slow, late=late)
         age = pick.choice([0.0, 0.001, 0.005, 0.5])
         return CircuitVerdict(
@@ -145,14 +145,17 @@ def test_the_script_decides_as_the_state_machine_does(timed, policy, clients):
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("at", ["memory", "valkey"])
-def test_a_success_told_late_does_not_end_a_run(valkey, at, late):
+@pytest.mark.parametrize("comes", ["while it runs", "once it is open"])
+def test_a_success_told_late_is_no_news_of_what_came_after_it(valkey, at, late, comes):
     """A client that makes few calls tells of an answer long after; the outage began meanwhile."""
     policy = CircuitPolicy(failure_threshold=4, recovery_time=30)
     store = MemoryStore() if at == "memory" else RedisStore.at(valkey.url)
-    failure = CircuitVerdict(Outcome.FAILURE, 0.1, reason="failures")
+    failure = CircuitVerdict(Outcome.FAILURE, 10.0, reason="failures")  # all took 10 s to fail
     success = CircuitVerdict(Outcome.SUCCESS, 9.0, late=8.0 if late else 0.0)
+    parts = [(failure, failure), (failure, failure)]
+    parts.insert(1 if comes == "while it runs" else 2, (success,))
     view = None
-    for verdicts in ((failure, failure), (success,), (failure, failure)):
+    for verdicts in parts:
         report = CircuitReport(
             generation=view and view.generation, state=CircuitState.CLOSED, age=0.0, remaining=0.0,
             run_age=0.0, failures=view.failures if view else 0, share=0.02, reason=None, error=None,
