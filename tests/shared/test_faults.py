@@ -322,6 +322,49 @@ def test_a_cluster_of_three_nodes_goes_on_when_one_of_them_ends(
     cluster.close()
 
 
+def test_a_sentinel_leads_every_process_to_the_new_master(
+    provider, make, mortal, patient, ask, tmp_path
+):
+    """The master ends and its replica takes over: what was shared is still known, and goes on."""
+    master = mortal()
+    replica = mortal("--replicaof", "127.0.0.1", str(master.port))
+    until(lambda: replica.client().info("replication")["master_link_status"] == "up")
+    settings = tmp_path / "sentinel.conf"
+    settings.write_text(
+        f"sentinel monitor mymaster 127.0.0.1 {master.port} 1\n"
+        "sentinel down-after-milliseconds mymaster 500\n"
+    )
+    guard = mortal("--sentinel", settings=settings)
+    sentinel = redis.sentinel.Sentinel([("127.0.0.1", guard.port)], socket_timeout=5.0)
+    until(lambda: sentinel.discover_slaves("mymaster"))
+    told = []
+    here, there = (
+        make(shared=sentinel.master_for("mymaster"), on_event=told.append, **ALL) for _ in range(2)
+    )
+    assert ask(here, "q") == ask(there, "q") == ["Paris"]
+    assert provider.count == 1
+    here.circuit.force_open("maintenance")
+    until(lambda: _refused(ask, there))
+    client = replica.client()
+    until(lambda: len(client.keys("dspy_resilient:*")) >= 3)
+    master.kill()
+    until(lambda: _leads(sentinel, replica))
+    newcomer = make(shared=sentinel.master_for("mymaster"), **ALL)
+    assert _refused(ask, newcomer)
+    assert ask(newcomer, "q") == ["Paris"]
+    assert provider.count == 1
+    here.circuit.reset()
+    until(lambda: not _refused(ask, there))
+    client.close()
+
+
+def _leads(sentinel, server):
+    try:
+        return sentinel.discover_master("mymaster") == ("127.0.0.1", server.port)
+    except redis.sentinel.MasterNotFoundError:
+        return False
+
+
 ACL = Path(__file__).parents[2] / "docs" / "how-to" / "many-processes.md"
 
 
