@@ -2,7 +2,7 @@
 
 Some are left behind by an event loop that is closed under them: theirs is the outcome "stranded".
 
-`SOAK_CALLS` (default 1500) and `SOAK_SEED` set how many calls and which; `SOAK_REPORT` prints what
+`SOAK_CALLS` (default 800) and `SOAK_SEED` set how many calls and which; `SOAK_REPORT` prints what
 came of them.
 """
 
@@ -36,7 +36,7 @@ from dspy_resilient.limits.slot import State
 from dspy_resilient.providers.pool import pool
 from dspy_resilient.testing import Chaos, Hang, Provider, dspy_answers
 
-CALLS = int(os.environ.get("SOAK_CALLS", "1500"))
+CALLS = int(os.environ.get("SOAK_CALLS", "800"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 THREADS, LOOPS, AT_ONCE = 12, 3, 12
 DESCRIPTORS = Path("/proc/self/fd")
