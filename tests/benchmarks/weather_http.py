@@ -75,7 +75,8 @@ class Found:
         return self.requests / max(self.answered, 1)
 
 
-def _make(side, base, engine):
+def make(side, base, engine=None):
+    """Return an LM of one side, with its defaults."""
     import dspy
 
     from dspy_resilient import ResilientLM
@@ -87,7 +88,7 @@ def _make(side, base, engine):
 
 
 @contextlib.contextmanager
-def _weather(provider, cell):
+def weather(provider, cell):
     """Let the cell's weather come over `provider`, from now on."""
     from dspy_resilient.testing import Chaos, Status
 
@@ -115,13 +116,13 @@ def _weather(provider, cell):
         wind.join()
 
 
-def run(side, cell, engine, folder, barrier, pipe):
+def run(side, folder, barrier, pipe, cell, engine):
     """Make the cell's calls with one side; send what became of them."""
     os.environ["DSPY_CACHEDIR"] = folder
     from dspy_resilient.testing import Provider
 
     with Provider("Paris", latency=LATENCY) as provider:
-        lm = _make(side, provider.api_base, engine)
+        lm = make(side, provider.api_base, engine)
         lm("warm up")
         provider.clear()
         errors = collections.Counter()
@@ -133,7 +134,7 @@ def run(side, cell, engine, folder, barrier, pipe):
                 errors[type(error).__name__] += 1
 
         barrier.wait()
-        with _weather(provider, cell), ThreadPoolExecutor(cell.threads) as pool:
+        with weather(provider, cell), ThreadPoolExecutor(cell.threads) as pool:
             began = time.perf_counter()
             list(pool.map(call, range(cell.calls)))
             seconds = time.perf_counter() - began
@@ -144,8 +145,8 @@ def run(side, cell, engine, folder, barrier, pipe):
 SIDES = ("dspy.LM", "ResilientLM")
 
 
-def measure(cell, engine=None):
-    """Return what became of both sides, which run at the same time."""
+def side_by_side(run, *args):
+    """Return what `run(side, folder, barrier, pipe, *args)` sends, of both sides at the same time."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(len(SIDES))
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +154,7 @@ def measure(cell, engine=None):
         for side in SIDES:
             ours, theirs = context.Pipe(duplex=False)
             where = str(Path(folder, side))
-            child = context.Process(target=run, args=(side, cell, engine, where, barrier, theirs))
+            child = context.Process(target=run, args=(side, where, barrier, theirs, *args))
             child.start()
             started.append((child, ours))
         found = [ours.recv() for _, ours in started]
@@ -173,7 +174,7 @@ def main():
     for cell in CELLS:
         if names and cell.name not in names:
             continue
-        plain, ours = measure(cell, chosen.engine)
+        plain, ours = side_by_side(run, cell, chosen.engine)
         worse = ours.lost > plain.lost or ours.per_answer > plain.per_answer
         print(
             f"{cell.name:24}{plain.lost:>7}{ours.lost:>7}"
