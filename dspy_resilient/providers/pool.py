@@ -207,6 +207,7 @@ class HttpClients:
     def __init__(self) -> None:
         self._held: dict[tuple[Any, ...], PooledClient] = {}
         self._changing = threading.Lock()
+        self._is_closed = False
         pool.add(self)
 
     def find(
@@ -252,6 +253,8 @@ class HttpClients:
     def _hold(self, place: tuple[Any, ...], client: PooledClient) -> None:
         before = self._held.get(place)  # let go of without the lock
         with self._changing:
+            if self._is_closed:  # under a call, which holds it until it has ended
+                return
             self._held[place] = client
             if len(self._held) > self._MOST:
                 oldest = min(self._held, key=lambda each: self._held[each].used_at)
@@ -273,7 +276,9 @@ class HttpClients:
             return list(self._held.values())
 
     def close(self) -> None:
-        """Stop holding any client."""
+        """Hold no client, and none that is found from now on."""
+        with self._changing:
+            self._is_closed = True
         self.let_go(lambda _: True)
 
     def renew(self) -> None:

@@ -16,7 +16,7 @@ import litellm
 import openai
 import pytest
 
-from dspy_resilient.providers import async_client, client
+from dspy_resilient.providers import HttpClients, async_client, client
 from dspy_resilient.providers import http_close as closing
 from dspy_resilient.testing import Hold
 
@@ -136,6 +136,22 @@ def test_a_request_under_way_holds_its_client(provider):
         gc.collect()
         hold.release()
         assert answer.result(30).choices[0].message.content == "Paris"
+
+
+def test_a_call_that_outlives_its_client_leaves_no_connection(provider):
+    """One that was let in before the end, and connects only after it, holds its connection alone."""
+    keywords = {"api_base": provider.api_base, "api_key": "key"}
+    holder = HttpClients()
+    found = holder.find(None, "openai/m", "chat", keywords, keywords)
+    assert holder.held() == [found]
+    holder.close()
+    found = holder.find(None, "openai/m", "chat", keywords, keywords)
+    found.client.chat.completions.create(model="m", messages=QUESTION)
+    assert holder.held() == []
+    http = weakref.ref(closing.http_client_of(found.client))
+    del found
+    gc.collect()
+    assert http() is None or http().is_closed
 
 
 def test_a_closed_client_is_replaced():
