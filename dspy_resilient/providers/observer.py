@@ -170,7 +170,8 @@ class _Observer:
 
     def needs_no_success(self, keywords: Mapping[str, Any]) -> bool:
         """Whether nobody hears of the success of an attempt with `keywords`."""
-        return not self._subscriptions and not self.hook.is_heard(keywords)
+        is_anyones = any(each.circuit() is not None for each in self._subscriptions)
+        return not is_anyones and not self.hook.is_heard(keywords)
 
     def spares_success(self, call_id: object) -> bool:
         """Whether LiteLLM need not report the success of the call with this id: an attempt's."""

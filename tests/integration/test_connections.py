@@ -372,12 +372,20 @@ def test_an_account_is_drawn_up_for_a_callback_of_the_call(is_accounted_for, ask
     assert is_accounted_for("Heard?")
 
 
-def test_an_account_is_drawn_up_for_a_circuit_that_listens(is_accounted_for, ask_and_stay, make):
-    """To the provider, that is: it hears of successes from LiteLLM."""
-    listener = make(circuit=CircuitPolicy(listen="provider"))
+def test_an_account_is_drawn_up_for_a_circuit_that_listens(
+    is_accounted_for, ask_and_stay, provider, make
+):
+    """To the provider, that is: it hears of successes from LiteLLM, for as long as it is there."""
+    listener = ResilientLM(
+        "openai/test", api_base=provider.api_base, api_key=KEY, circuit=CircuitPolicy(listen="provider")
+    )  # fmt: skip
     ask_and_stay(make(cache=False), "Heard?")
     assert is_accounted_for("Heard?")
     listener.close()
+    del listener
+    gc.collect()
+    ask_and_stay(make(cache=False), "Unheard?")
+    assert not is_accounted_for("Unheard?")
 
 
 def test_calls_that_are_not_ours_are_accounted_for_as_ever(is_accounted_for, provider, make):
