@@ -273,8 +273,12 @@ def test_ctrl_c_at_any_instruction_leaves_events_deliverable():
     assert {"__call__", "note", "send", "take", "_drain", "_deliver"} <= codes
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_by_another_thread_leaves_events_deliverable():
-    """The same for interrupts as the interpreter delivers them, at a time of their own."""
+    """The same for interrupts as the interpreter delivers them, at a time of their own.
+
+    One that comes while the collector cleans up goes nowhere, and is sent again.
+    """
     hub = Hub(lambda event: heard.append(event.attempt))
     heard, struck, interrupt = [], 0, ctypes.pythonapi.PyThreadState_SetAsyncExc
     for number in range(200):
@@ -291,12 +295,15 @@ def test_ctrl_c_by_another_thread_leaves_events_deliverable():
         thread.start()
         assert start.wait(20)
         time.sleep(number % 7 * 1e-4)
-        struck += interrupt(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
-        thread.join(20)
+        for _ in range(10):
+            struck += interrupt(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+            thread.join(2)
+            if not thread.is_alive():
+                break
         assert not thread.is_alive(), "the interrupt has left it stuck"
         hub(numbered(number))
         assert eventually(lambda: number in heard), "nothing is delivered any more"  # noqa: B023
-    assert struck == 200
+    assert struck >= 200
 
 
 @pytest.mark.parametrize("listener", [None, Hub])
