@@ -16,7 +16,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from weather_http import LATENCY, Cell, make, side_by_side, weather
+from weather_http import LATENCY, SIDES, Cell, make, side_by_side, weather
 
 EXAMPLES, THREADS = 32, 8
 
@@ -35,13 +35,13 @@ class Found:
 def evaluate(lm, program, data):
     import dspy
 
-    data = [each.copy() for each in data * 8]
     return dspy.Evaluate(devset=data, metric=_says_so, num_threads=THREADS)(program).score
 
 
 def mipro(lm, program, data):
     import dspy
 
+    data = data[:EXAMPLES]
     optimizer = dspy.MIPROv2(metric=_says_so, auto=None, num_candidates=4, num_threads=THREADS)
     best = optimizer.compile(
         program, trainset=data, valset=data, num_trials=6, minibatch=False, seed=9
@@ -51,6 +51,8 @@ def mipro(lm, program, data):
 
 def gepa(lm, program, data):
     import dspy
+
+    data = data[:EXAMPLES]
 
     def feedback(gold, pred, *_):
         return dspy.Prediction(score=float(_says_so(gold, pred)), feedback="be brief")
@@ -86,7 +88,7 @@ def run(side, folder, barrier, pipe, name, seconds):
 
     data = [
         dspy.Example(question=f"question {n}", answer="x").with_inputs("question")
-        for n in range(EXAMPLES)
+        for n in range(10 * EXAMPLES)
     ]
     with Provider(dspy_answers(), latency=LATENCY) as provider:
         lm = make(side, provider.api_base)
@@ -117,9 +119,7 @@ def main():
     print(f"{'':22}{'':14}{'ended':>22}{'score':>8}{'lost':>6}{'requests':>10}{'seconds':>9}")
     for name in chosen.names or WORK:
         for seconds in chosen.seconds:
-            for side, found in zip(
-                ("dspy.LM", "ResilientLM"), side_by_side(run, name, seconds), strict=True
-            ):
+            for side, found in zip(SIDES, side_by_side(run, name, seconds), strict=True):
                 print(
                     f"{name + f', gone {seconds:g} s':22}{side:14}{found.ended:>22}{found.score:>8.1f}"
                     f"{found.lost:>6}{found.requests:>10}{found.seconds:>9.1f}",
